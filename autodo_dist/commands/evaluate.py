@@ -1,0 +1,49 @@
+"""`autodo evaluate`: the test accuracy of a run's checkpoint."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+
+def evaluate(
+    run: Annotated[Path, typer.Argument(help="run folder, e.g. runs/digits")],
+    step: Annotated[int | None, typer.Option(help="the checkpoint of this step; by default the newest")] = None,
+) -> None:
+    """Evaluate a checkpoint on the test part, every picture once."""
+    found = evaluate_checkpoint(run, step)
+    typer.echo(f"step {found['step']}: test accuracy {found['accuracy']:.6f}, test loss {found['loss']:.6f} nats")
+    for name, accuracy in found["accuracy_per_class"].items():
+        typer.echo(f"  {name}: " + ("no pictures" if accuracy is None else f"{accuracy:.4f}"))
+
+
+def evaluate_checkpoint(run: Path, step: int | None) -> dict[str, Any]:
+    """What `evaluate.evaluate` finds on the test part with the weights of a checkpoint, and its step."""
+    from autodo_dist import build, run_folder
+    from autodo_dist.data.manifest import read_manifest
+    from autodo_dist.errors import AutodoError
+    from autodo_dist.evaluate import evaluate
+    from autodo_dist.parallel import checkpoint, comm
+
+    config = run_folder.read_config(run)
+    root = run / "checkpoints"
+    with comm.process_group(comm.Place(), build.choose_device(config.train.device, 0)) as ranks:
+        path = checkpoint.newest(root, ranks) if step is None else checkpoint.folder(root, step)
+        if path is None or not path.is_dir():
+            have = ", ".join(str(int(found.name[5:])) for found in checkpoint.complete(root))
+            raise AutodoError(
+                f"run {run}: no checkpoint {'' if step is None else step}; it has steps: {have or 'none'}"
+            )
+        if fault := checkpoint.check(path):
+            raise AutodoError(f"checkpoint {path}: {fault}; choose another with --step")
+        manifest = read_manifest(config.data.root)
+        run_folder.check_same_data(run, config.data.root, manifest.checksum)
+        engine = build.build_engine(config, len(manifest.classes), ranks)
+        state = engine.state()
+        progress = checkpoint.restore(path, state, ranks)
+        engine.restore(state)
+        test = build.build_loaders(config, manifest, ranks)["test"]
+        dtype = build.DTYPES[config.train.precision]
+        return {"step": progress["step"]} | evaluate(engine.module, test, manifest.classes, dtype, ranks)

@@ -1,0 +1,202 @@
+"""Settings of a run: typed, documented, checked before anything starts.
+
+A yaml file holds what differs from the defaults below; `key=value` words of a command line come on top of it.
+Only `train.build` and `launcher/` see `Config`: every other function takes the values that it uses.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic.fields import FieldInfo
+
+from autodo_dist.errors import AutodoError
+
+# A run may be resumed with another value of these settings: they change where and how fast it runs, not its numbers.
+FREE_AT_RESUME = ("run.root", "data.root", "data.device", "data.threads", "train.log_every", "checkpoint", "launch")
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, coerce_numbers_to_str=True)
+
+
+class Run(Section):
+    root: Path = Field(Path("runs"), description="folder that holds the runs")
+    name: str = Field("", description="folder of this run below run.root; empty: the name of the yaml file")
+
+
+class Data(Section):
+    root: Path = Field(description="packed data set: the folder that `autodo pack` wrote")
+    image_size: int = Field(224, ge=8, le=4096, description="side of the square pictures that the model sees, pixels")
+    crop: Literal["resized", "padded", "whole"] = Field(
+        "resized",
+        description="training crop. resized: random area and aspect ratio (ImageNet); padded: random shift over a zero "
+        "border (CIFAR); whole: the whole picture",
+    )
+    crop_area: tuple[float, float] = Field((0.08, 1.0), description="crop=resized: smallest and largest share of area")
+    crop_padding: int = Field(4, ge=0, description="crop=padded: border on each side, pixels of image_size")
+    evaluation_crop: float = Field(
+        0.875, gt=0, le=1, description="crop=resized: side of the centred evaluation crop, share of the shorter side"
+    )
+    flip: bool = Field(True, description="mirror half of the training pictures left to right")
+    mean: tuple[float, float, float] = Field((0.485, 0.456, 0.406), description="subtracted from RGB in 0..1")
+    std: tuple[float, float, float] = Field((0.229, 0.224, 0.225), description="RGB is divided by it")
+    validation_fraction: float | None = Field(
+        None,
+        ge=0,
+        lt=1,
+        description="share of each class of packed train + validation that becomes the clean validation part; "
+        "null: the parts as packed",
+    )
+    imbalance_ratio: float = Field(
+        1.0, ge=1, description="IR: classes of the upper half keep max(1, round(n / IR)) of their n train pictures"
+    )
+    label_noise: float = Field(0.0, ge=0, le=1, description="NR: share of train labels that are redrawn uniformly")
+    split_seed: int = Field(0, ge=0, lt=2**63, description="seed of the split and of its distortion")
+    device: Literal["auto", "cpu", "gpu"] = Field("auto", description="where DALI decodes; auto: as train.device")
+    threads: int = Field(2, ge=1, description="DALI's decoding threads per rank")
+
+
+class Model(Section):
+    name: str = Field("resnet18", description="convnet, or a torchvision ResNet such as resnet18")
+
+
+class Optim(Section):
+    lr: float = Field(0.1, gt=0, description="peak learning rate, for the whole global batch")
+    momentum: float = Field(0.9, ge=0, lt=1, description="of SGD")
+    nesterov: bool = Field(True, description="Nesterov's form of the momentum")
+    weight_decay: float = Field(1e-4, ge=0, description="L2 penalty on every parameter")
+    warmup_epochs: float = Field(5.0, ge=0, description="linear warm-up before the cosine, epochs")
+
+
+class Train(Section):
+    epochs: int = Field(200, ge=1, description="passes over the train part")
+    batch_size: int = Field(256, ge=1, description="pictures in a global batch, whatever the number of ranks")
+    seed: int = Field(0, ge=0, lt=2**63, description="seed of start weights, order and crops")
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: cuda where there is a GPU")
+    precision: Literal["fp32", "fp64"] = Field("fp32", description="of model and pictures; fp64: to compare runs")
+    threads: int = Field(1, ge=1, description="torch's CPU threads per rank (a resume is bit-exact at the same number)")
+    log_every: int = Field(20, ge=1, description="steps between lines of metrics.jsonl")
+    evaluate_every: int = Field(1, ge=1, description="epochs between evaluations; the last epoch is always evaluated")
+
+
+class Checkpoint(Section):
+    every_steps: int | None = Field(None, ge=1, description="saves inside an epoch; its end is always saved")
+    keep: int = Field(2, ge=1, description="newest checkpoints kept, beside the best by validation")
+
+
+class Launch(Section):
+    executor: Literal["local", "slurm"] = Field("local", description="local: processes of this machine")
+    nodes: int = Field(1, ge=1, description="machines")
+    ranks_per_node: int = Field(1, ge=1, description="processes per machine: one per GPU")
+    slurm: dict[str, str | int] = Field({}, description="further sbatch options, e.g. {partition: gpu, time: 60}")
+
+
+class Config(Section):
+    run: Run = Run()
+    data: Data
+    model: Model = Model()
+    optim: Optim = Optim()
+    train: Train = Train()
+    checkpoint: Checkpoint = Checkpoint()
+    launch: Launch = Launch()
+
+    @property
+    def folder(self) -> Path:
+        """Folder of the run."""
+        return self.run.root / self.run.name
+
+    def to_yaml(self) -> str:
+        """Every setting, defaults included, as yaml that `load_config` reads back."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+
+
+def load_config(file: Path, overrides: Sequence[str] = ()) -> Config:
+    """Read a yaml file, lay `key=value` words over it, and check every setting.
+
+    Raises AutodoError with one line for a missing file, broken yaml, an unknown key (with the nearest name), a wrong
+    type or a value out of range.
+    """
+    if not file.is_file():
+        raise AutodoError(f"config {file}: no such file; see configs/ for examples")
+    for word in overrides:
+        if "=" not in word or word.startswith("-"):
+            raise AutodoError(f"override {word!r}: not of the form key=value, e.g. train.epochs=3")
+    try:
+        tree = OmegaConf.to_container(
+            OmegaConf.merge(OmegaConf.load(file), OmegaConf.from_dotlist(list(overrides))), resolve=True
+        )
+    except (OmegaConfBaseException, yaml.YAMLError, ValueError, TypeError) as error:
+        raise AutodoError(f"config {file}: {_one_line(error)}; mend the yaml or the override") from error
+    config = check_config(tree, str(file))
+    if not config.run.name:
+        config = config.model_copy(update={"run": config.run.model_copy(update={"name": file.stem})})
+    return config
+
+
+def check_config(tree: Any, source: str) -> Config:
+    """Turn a plain tree of settings into a Config; `source` names it in the error."""
+    if not isinstance(tree, dict):
+        raise AutodoError(f"config {source}: holds no settings; write sections such as `data:` and `train:`")
+    try:
+        return Config.model_validate(tree)
+    except ValidationError as error:
+        first, rest = error.errors()[0], error.error_count() - 1
+        more = f" (and {rest} more)" if rest else ""
+        raise AutodoError(f"config {source}: {_explain(first)}{more}") from error
+
+
+def settings(section: type[BaseModel] = Config, prefix: str = "") -> dict[str, FieldInfo]:
+    """Every setting by its dotted name, with its default and description."""
+    found: dict[str, FieldInfo] = {}
+    for name, setting in section.model_fields.items():
+        kind = setting.annotation
+        if isinstance(kind, type) and issubclass(kind, BaseModel):
+            found |= settings(kind, f"{prefix}{name}.")
+        else:
+            found[prefix + name] = setting
+    return found
+
+
+def differences(old: Config, new: Config) -> list[str]:
+    """Settings whose change makes it another run, as `name: old -> new`; FREE_AT_RESUME ones are left out."""
+    return [
+        f"{name}: {_get(old, name)} -> {_get(new, name)}"
+        for name in settings()
+        if _get(old, name) != _get(new, name)
+        and not any(name == free or name.startswith(free + ".") for free in FREE_AT_RESUME)
+    ]
+
+
+def _get(config: Config, name: str) -> Any:
+    value: Any = config
+    for part in name.split("."):
+        value = getattr(value, part)
+    return value
+
+
+def _explain(error: Any) -> str:
+    name = ".".join(str(part) for part in error["loc"])
+    known = settings()
+    if error["type"] == "extra_forbidden":
+        leaf = {key.rsplit(".", 1)[-1]: key for key in known}
+        near = difflib.get_close_matches(name, [*known, *Config.model_fields], n=1, cutoff=0.7)
+        near = near or [leaf[key] for key in difflib.get_close_matches(name.rsplit(".", 1)[-1], leaf, n=1)]
+        return f"unknown key {name}; " + (f"did you mean {near[0]}?" if near else "`autodo settings` lists all")
+    if error["type"] == "missing" and name.rsplit(".", 1)[0] not in known:
+        meaning = known[name].description if name in known else "a section"
+        return f"{name} is missing; set it in the file or as {name}=... ({meaning})"
+    setting = next((key for key in (name, name.rsplit(".", 1)[0]) if key in known), None)
+    meaning = f" ({known[setting].description})" if setting else ""
+    return f"{name} = {error['input']!r}: {error['msg'][:1].lower()}{error['msg'][1:]}{meaning}"
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())

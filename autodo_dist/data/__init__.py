@@ -1,0 +1,1 @@
+"""The stream: webdataset shards on disk -> batches of pictures, labels and ids."""

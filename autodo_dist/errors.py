@@ -1,0 +1,9 @@
+"""The one exception that a user is meant to read."""
+
+
+class AutodoError(Exception):
+    """What is wrong, where, and how to mend it, in one line.
+
+    Command line and launcher print it without a traceback and exit with status 1; any other exception is a bug of
+    ours and keeps its traceback in the rank's log.
+    """

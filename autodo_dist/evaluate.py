@@ -1,0 +1,41 @@
+"""Loss and accuracy of a model over a whole part, every picture counted exactly once on any number of ranks."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from autodo_dist.data.loader import Loader
+from autodo_dist.parallel.comm import Ranks
+
+
+@torch.no_grad()
+def evaluate(
+    module: nn.Module, loader: Loader, classes: tuple[str, ...], dtype: torch.dtype, ranks: Ranks
+) -> dict[str, Any]:
+    """Mean cross entropy (nats), top-1 accuracy (0 to 1) and accuracy per class of `loader`'s pictures.
+
+    None where there is no picture. Leaves the module in eval mode. Every rank must call this.
+    """
+    module.eval()
+    counts_C2 = torch.zeros(len(classes), 2, dtype=torch.float64, device=ranks.device)  # hits, pictures
+    loss = torch.zeros((), dtype=torch.float64, device=ranks.device)
+    for batch in loader.batches(epoch=0):
+        if not len(batch):
+            continue
+        logits_BC = module(batch.images_BCHW.to(dtype))
+        loss += F.cross_entropy(logits_BC, batch.labels_B, reduction="sum")
+        hits_B = (logits_BC.argmax(1) == batch.labels_B).double()
+        counts_C2.index_add_(0, batch.labels_B, torch.stack([hits_B, torch.ones_like(hits_B)], 1))
+    counts_C2, loss = ranks.sum(counts_C2), ranks.sum(loss)
+    hits, pictures = counts_C2.sum(0).tolist()
+    return {
+        "loss": loss.item() / pictures if pictures else None,
+        "accuracy": hits / pictures if pictures else None,
+        "accuracy_per_class": {
+            name: hit / count if count else None for name, (hit, count) in zip(classes, counts_C2.tolist(), strict=True)
+        },
+    }

@@ -1,0 +1,1 @@
+"""The method: pure functions over tensors, without a word of ranks."""

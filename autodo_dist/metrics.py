@@ -1,0 +1,133 @@
+"""What a run says of itself: metrics.jsonl, a progress bar on a terminal, plain lines in a log file."""
+
+from __future__ import annotations
+
+import json
+import logging
+import resource
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from rich.console import Console
+from rich.logging import RichHandler
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+T = TypeVar("T")
+
+
+class MetricsFile:
+    """metrics.jsonl, one JSON object a line. `lines` counts them, so that a resume can cut off what came after."""
+
+    def __init__(self, path: Path, keep: int) -> None:
+        """Open for appending after the first `keep` lines; later ones belong to steps that will be done again."""
+        kept = path.read_text().splitlines(keepends=True)[:keep] if path.is_file() else []
+        self.lines = len(kept)
+        partial = path.with_suffix(".partial")
+        partial.write_text("".join(kept))
+        partial.replace(path)
+        self._file = path.open("a", buffering=1)
+
+    def write(self, row: dict[str, Any]) -> None:
+        """Append a line."""
+        self._file.write(json.dumps(row) + "\n")
+        self.lines += 1
+
+    def close(self) -> None:
+        """Flush and close the file."""
+        self._file.close()
+
+
+class Clock:
+    """Seconds spent in each phase of a run (start, data, task, evaluation, save); carried over a resume."""
+
+    def __init__(self, seconds: dict[str, float]) -> None:
+        self.seconds = dict(seconds)
+
+    def add(self, phase: str, seconds: float) -> None:
+        """Count seconds to a phase."""
+        self.seconds[phase] = self.seconds.get(phase, 0.0) + seconds
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Count the time of the block to phase `name`."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.add(name, time.perf_counter() - start)
+
+    def waiting(self, batches: Iterator[T]) -> Iterator[T]:
+        """Pass batches through, counting the wait for each to phase `data`."""
+        while True:
+            with self.phase("data"):
+                batch = next(batches, None)
+            if batch is None:
+                return
+            yield batch
+
+
+class Interval:
+    """The steps between two lines of metrics: their number, their time, and the share of it spent on data."""
+
+    def __init__(self, clock: Clock) -> None:
+        self.steps = 0
+        self._clock, self._start, self._data = clock, time.perf_counter(), clock.seconds.get("data", 0.0)
+
+    def read(self) -> tuple[float, float]:
+        """Seconds so far, and the share of them spent waiting for data."""
+        seconds = time.perf_counter() - self._start
+        return seconds, (self._clock.seconds.get("data", 0.0) - self._data) / seconds
+
+
+@contextmanager
+def console(log_file: Path, main: bool) -> Iterator[Console | None]:
+    """Log to a file on every rank, and on rank 0 to standard output; gives the terminal, where rank 0 has one."""
+    log_file.parent.mkdir(parents=True, exist_ok=True)
+    file = logging.FileHandler(log_file)
+    file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    handlers: list[logging.Handler] = [file]
+    screen = Console() if main and sys.stdout.isatty() else None
+    if screen is not None:
+        handlers.append(RichHandler(console=screen, show_path=False, show_level=False))
+    elif main:
+        handlers.append(logging.StreamHandler(sys.stdout))
+    root = logging.getLogger("autodo_dist")
+    root.setLevel(logging.INFO)
+    root.handlers = handlers
+    try:
+        yield screen
+    finally:
+        root.handlers = []
+        file.close()
+
+
+class ProgressBar:
+    """Steps done and time left, where there is a terminal."""
+
+    def __init__(self, screen: Console | None, total: int, done: int) -> None:
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        self._bar = Progress(*columns, console=screen, disable=screen is None)
+        self._task = self._bar.add_task("steps", total=total, completed=done)
+
+    def __enter__(self) -> ProgressBar:
+        self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.stop()
+
+    def advance(self, text: str) -> None:
+        """One more step is done."""
+        self._bar.update(self._task, advance=1, description=text)
+
+
+def peak_memory(device: torch.device) -> int:
+    """Most bytes this process has held: on its GPU where it has one, else resident in main memory."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts in KiB

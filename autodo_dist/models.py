@@ -1,0 +1,73 @@
+"""Classifiers as an encoder and one linear head, with ReLU replaced by CELU.
+
+AutoDO differentiates through the last linear layer alone, and the implicit function theorem needs a loss with
+continuous derivatives: hence the split, and CELU (Barron 2017), which is C¹ where ReLU is not.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from torchvision import models as torchvision_models
+
+from autodo_dist.errors import AutodoError
+
+
+class Classifier(nn.Module):
+    """logits_BC = head(encoder(images_BCHW)); `head` is the last linear layer, on D features."""
+
+    def __init__(self, encoder: nn.Module, head: nn.Linear) -> None:
+        super().__init__()
+        self.encoder, self.head = encoder, head
+
+    def forward(self, images_BCHW: torch.Tensor) -> torch.Tensor:
+        """Logits of a batch of normalised pictures."""
+        logits: torch.Tensor = self.head(self.encoder(images_BCHW))
+        return logits
+
+
+def build_model(name: str, classes: int, seed: int) -> Classifier:
+    """A freshly initialised classifier; start weights depend on `seed` alone.
+
+    `convnet` is for 28 to 32 px; any torchvision ResNet goes by its torchvision name. AutodoError for another name.
+    """
+    resnets = [model for model in torchvision_models.list_models() if model.startswith(("resnet", "resnext", "wide_"))]
+    resnets = [model for model in resnets if "_quantized" not in model and hasattr(torchvision_models, model)]
+    if name != "convnet" and name not in resnets:
+        raise AutodoError(f"model.name = {name!r} is unknown; choose convnet or one of {', '.join(resnets)}")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        if name == "convnet":
+            return Classifier(_convnet(128), nn.Linear(128, classes))
+        network = torchvision_models.get_model(name, num_classes=classes)
+        head, network.fc = network.fc, nn.Identity()
+        return Classifier(relu_to_celu(network), head)
+
+
+def relu_to_celu(module: nn.Module) -> nn.Module:
+    """Replace every nn.ReLU below `module` by nn.CELU, in place."""
+    for name, child in module.named_children():
+        if isinstance(child, nn.ReLU):
+            setattr(module, name, nn.CELU(inplace=child.inplace))
+        else:
+            relu_to_celu(child)
+    return module
+
+
+def _convnet(features: int) -> nn.Module:
+    """Four 3×3 convolutions. GroupNorm: its training does not depend on the number of ranks. Average pooling: C¹."""
+
+    def block(inputs: int, outputs: int) -> list[nn.Module]:
+        return [nn.Conv2d(inputs, outputs, 3, padding=1, bias=False), nn.GroupNorm(8, outputs), nn.CELU(inplace=True)]
+
+    return nn.Sequential(
+        *block(3, 32),
+        nn.AvgPool2d(2),
+        *block(32, 64),
+        nn.AvgPool2d(2),
+        *block(64, features),
+        nn.AvgPool2d(2),
+        *block(features, features),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+    )

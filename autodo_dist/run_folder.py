@@ -1,0 +1,110 @@
+"""The folder of a run: which run it is, where it was run, what came of it.
+
+runs/NAME/
+  config.yaml         every setting, resolved
+  environment.json    data set's checksum; of each start: git commit, versions, hosts, ranks
+  metrics.jsonl       a line every train.log_every steps and every evaluation
+  checkpoints/        see parallel/checkpoint.py
+  logs/               plain lines, a file a rank
+  summary.json        the result; a run that has it is finished
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import socket
+import subprocess
+import time
+from pathlib import Path
+
+import yaml
+
+from autodo_dist import __version__
+from autodo_dist.config import Config, check_config, differences
+from autodo_dist.errors import AutodoError
+from autodo_dist.files import read_json, write_json, write_text
+
+PACKAGES = ("torch", "torchvision", "nvidia-dali-cuda130", "deepspeed", "submitit", "webdataset", "numpy")
+
+
+def check_same_run(config: Config, data_checksum: str) -> None:
+    """Refuse a folder that holds another run: other settings than those free at a resume, or another data set."""
+    folder = config.folder
+    if not (folder / "config.yaml").is_file():
+        return
+    changed = differences(read_config(folder), config)
+    if changed:
+        raise AutodoError(
+            f"run {folder}: was made with other settings ({'; '.join(changed)}); "
+            "choose another run.name, take the old settings, or delete the folder"
+        )
+    check_same_data(folder, config.data.root, data_checksum)
+
+
+def check_same_data(folder: Path, root: Path, data_checksum: str) -> None:
+    """Refuse a data set other than the one that the run was made with."""
+    path = folder / "environment.json"
+    if path.is_file() and read_json(path).get("data_checksum", data_checksum) != data_checksum:
+        raise AutodoError(
+            f"run {folder}: was made with another packed data set than {root} (checksum of its manifest); "
+            "set data.root to that one, or choose another run.name"
+        )
+
+
+def finished(folder: Path) -> bool:
+    """Whether the run has come to its end."""
+    return (folder / "summary.json").is_file()
+
+
+def describe(config: Config, data_checksum: str, hosts: list[str], main: bool) -> None:
+    """Write config.yaml, and add this start to environment.json; done by rank 0 (`main`)."""
+    if not main:
+        return
+    folder = config.folder
+    write_text(folder / "config.yaml", config.to_yaml())
+    path = folder / "environment.json"
+    starts = read_json(path).get("starts", []) if path.is_file() else []
+    start = {
+        "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "git_commit": git_commit(),
+        "hosts": hosts,
+        "python": platform.python_version(),
+        "autodo_dist": __version__,
+    } | {name: _version(name) for name in PACKAGES}
+    write_json(path, {"data_checksum": data_checksum, "starts": [*starts, start]})
+
+
+def read_config(folder: Path) -> Config:
+    """The settings that a run was made with. AutodoError where the folder holds no run."""
+    path = folder / "config.yaml"
+    if not path.is_file():
+        raise AutodoError(f"run {folder}: no run there (no config.yaml); see `ls {folder.parent}`")
+    try:
+        return check_config(yaml.safe_load(path.read_text()), str(path))
+    except yaml.YAMLError as error:
+        raise AutodoError(f"run {path}: broken yaml; delete the run folder") from error
+
+
+def git_commit() -> str | None:
+    """Commit of the code that runs, with `+changes` where the working tree differs; None outside a checkout."""
+    root = Path(__file__).parent.parent
+    try:
+        commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=root, capture_output=True, text=True, check=True)
+        status = subprocess.run(["git", "status", "--porcelain"], cwd=root, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return commit.stdout.strip() + ("+changes" if status.stdout.strip() else "")
+
+
+def host() -> str:
+    """Name of this machine, with the process id: where a rank runs."""
+    return f"{socket.gethostname()}:{os.getpid()}"
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None

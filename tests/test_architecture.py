@@ -1,0 +1,66 @@
+"""The walls of the house: imports go downwards only (docs/architecture.md)."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+# Each wing, and what of the project it may import. The longest matching prefix counts.
+ALLOWED = {
+    "autodo_dist.errors": (),
+    "autodo_dist.files": ("autodo_dist.errors",),
+    "autodo_dist.config": ("autodo_dist.errors",),
+    "autodo_dist.data": ("autodo_dist.errors", "autodo_dist.files", "autodo_dist.data"),
+    "autodo_dist.method": ("autodo_dist.errors", "autodo_dist.method"),
+    "autodo_dist.parallel": ("autodo_dist.errors", "autodo_dist.files", "autodo_dist.method", "autodo_dist.parallel"),
+    "autodo_dist.models": ("autodo_dist.errors",),
+    "autodo_dist.metrics": (),
+    "autodo_dist": ("autodo_dist",),
+    "launcher": ("launcher", "autodo_dist"),
+}
+FILES = sorted([*ROOT.glob("autodo_dist/**/*.py"), *ROOT.glob("launcher/*.py")])
+
+
+def module(path: Path) -> str:
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+
+
+def imports(path: Path) -> set[str]:
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            found |= {str(node.module)} | {f"{node.module}.{alias.name}" for alias in node.names}
+    return found
+
+
+def inside(name: str, package: str) -> bool:
+    return name == package or name.startswith(package + ".")
+
+
+@pytest.mark.parametrize("path", FILES, ids=module)
+def test_imports_go_downwards(path: Path) -> None:
+    wing = max((wing for wing in ALLOWED if inside(module(path), wing)), key=len)
+    for name in imports(path):
+        if name in ("autodo_dist", "autodo_dist.__version__") or not inside(name, "autodo_dist"):
+            continue
+        assert any(inside(name, allowed) for allowed in ALLOWED[wing]), f"{module(path)} imports {name}"
+
+
+@pytest.mark.parametrize("path", FILES, ids=module)
+def test_the_method_knows_nothing_of_ranks(path: Path) -> None:
+    if inside(module(path), "autodo_dist.method"):
+        assert not any(inside(name, "torch.distributed") for name in imports(path))
+
+
+@pytest.mark.parametrize("path", FILES, ids=module)
+def test_only_build_train_commands_and_launcher_see_the_config(path: Path) -> None:
+    if inside(module(path), "autodo_dist.data") or any(
+        inside(module(path), f"autodo_dist.{wing}") for wing in ("method", "parallel", "models", "metrics", "evaluate")
+    ):
+        assert not any(inside(name, "autodo_dist.config") for name in imports(path))

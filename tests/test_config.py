@@ -1,0 +1,84 @@
+"""Settings: what is wrong, where and how to mend it, in one line."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from autodo_dist.config import Config, check_config, differences, load_config, settings
+from autodo_dist.errors import AutodoError
+
+CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("**/*.yaml"))
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    path = tmp_path / "some.yaml"
+    path.write_text("data: {root: somewhere}\ntrain: {epochs: 7}\n")
+    return path
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
+def test_every_config_of_the_repository_loads(path: Path) -> None:
+    assert load_config(path).run.name == path.stem
+
+
+def test_overrides_lie_over_the_file_and_defaults_below(file: Path) -> None:
+    config = load_config(
+        file, ["optim.lr=0.5", "data.mean=[0.1,0.2,0.3]", "run.name=123", "checkpoint.every_steps=null"]
+    )
+    assert (config.train.epochs, config.optim.lr, config.data.mean) == (7, 0.5, (0.1, 0.2, 0.3))
+    assert (config.run.name, config.checkpoint.every_steps, config.train.batch_size) == ("123", None, 256)
+    assert config.folder == Path("runs/123")
+
+
+@pytest.mark.parametrize(
+    ("word", "message"),
+    [
+        ("train.epoch=3", "unknown key train.epoch; did you mean train.epochs?"),
+        ("lr=3", "unknown key lr; did you mean optim.lr?"),
+        ("trian.epochs=3", "unknown key trian; did you mean train?"),
+        ("zzz.qqq=3", "unknown key zzz; `autodo settings` lists all"),
+        ("optim.lr=abc", "optim.lr = 'abc': input should be a valid number"),
+        ("optim.lr=-1", "optim.lr = -1: input should be greater than 0"),
+        ("train.epochs=2.5", "train.epochs = 2.5: input should be a valid integer"),
+        ("data.crop=round", "data.crop = 'round': input should be 'resized', 'padded' or 'whole'"),
+        ("data.mean=[1,2]", "data.mean"),
+        ("data=5", "data = 5"),
+        ("train.epochs", "not of the form key=value"),
+        ("data.root=${nowhere}", "nowhere"),
+    ],
+)
+def test_a_bad_word_is_one_clear_line(file: Path, word: str, message: str) -> None:
+    with pytest.raises(AutodoError) as caught:
+        load_config(file, [word])
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("text", ["", "just words", "data: [", "- 1\n- 2\n", "train: {epochs: 3}"])
+def test_a_bad_file_is_one_clear_line(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "bad.yaml"
+    path.write_text(text)
+    with pytest.raises(AutodoError, match=r"bad\.yaml") as caught:
+        load_config(path)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(AutodoError, match="no such file"):
+        load_config(tmp_path / "none.yaml")
+
+
+def test_every_setting_says_what_it_means() -> None:
+    assert all(setting.description for setting in settings().values())
+
+
+def test_differences_leave_out_what_changes_no_number() -> None:
+    old = check_config({"data": {"root": "a"}}, "old")
+    new: Config = check_config(
+        {"data": {"root": "b", "threads": 9}, "launch": {"nodes": 4}, "optim": {"lr": 0.2}, "checkpoint": {"keep": 5}},
+        "new",
+    )
+    assert differences(old, new) == ["optim.lr: 0.1 -> 0.2"]

@@ -1,0 +1,264 @@
+"""Whole runs on real ranks: resume bit for bit, the same numbers on any number of ranks, refusals."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from ranks import RankError, RankPool
+from torch.distributed.checkpoint.state_dict_loader import _load_state_dict_from_keys
+
+from autodo_dist.config import Config, check_config
+from autodo_dist.errors import AutodoError
+from autodo_dist.parallel import checkpoint
+from autodo_dist.train import train
+
+TIMES = ("images_per_second", "data_wait_share", "peak_memory_bytes")
+
+
+def settings(digits: Path, folder: Path, **changes: Any) -> dict[str, Any]:
+    """Twelve steps of 100 pictures over two epochs, saved every five steps; `section__key` changes a setting."""
+    tree: dict[str, Any] = {
+        "run": {"root": str(folder), "name": "run"},
+        "data": {
+            "root": str(digits),
+            "image_size": 32,
+            "crop": "padded",
+            "flip": False,
+            "imbalance_ratio": 10,
+            "label_noise": 0.1,
+            "threads": 1,
+        },
+        "model": {"name": "convnet"},
+        "optim": {"lr": 0.05, "warmup_epochs": 1},
+        "train": {"epochs": 2, "batch_size": 100, "log_every": 4},
+        "checkpoint": {"every_steps": 5, "keep": 99},
+    }
+    for name, value in changes.items():
+        section, key = name.split("__")
+        tree[section][key] = value
+    return tree
+
+
+def run_train(tree: dict[str, Any]) -> Path:
+    config = check_config(tree, "test")
+    train(config)
+    return config.folder
+
+
+def weights(folder: Path, step: int) -> dict[str, Any]:
+    """Every tensor of a checkpoint by name, read with DCP alone."""
+    path = checkpoint.folder(folder / "checkpoints", step)
+    assert checkpoint.check(path) is None
+    state: dict[str, Any] = _load_state_dict_from_keys(checkpoint_id=path)
+    flat: dict[str, Any] = {}
+
+    def walk(prefix: str, value: Any) -> None:
+        if isinstance(value, dict):
+            for key, inner in value.items():
+                walk(f"{prefix}.{key}", inner)
+        else:
+            flat[prefix] = value
+
+    walk("", state)
+    assert any(isinstance(value, torch.Tensor) for value in flat.values())
+    return flat
+
+
+def assert_equal_states(got: dict[str, Any], expected: dict[str, Any]) -> None:
+    assert got.keys() == expected.keys()
+    for name, value in expected.items():
+        same = torch.equal(got[name], value) if isinstance(value, torch.Tensor) else got[name] == value
+        assert same, name
+
+
+def lines(folder: Path) -> list[dict[str, Any]]:
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in row.items() if key not in TIMES} for row in rows]
+
+
+def cut_back(folder: Path, step: int) -> None:
+    """Leave what a run killed right after the save of `step` would have left, and newer lines of metrics."""
+    (folder / "summary.json").unlink()
+    for path in checkpoint.complete(folder / "checkpoints"):
+        if int(path.name[5:]) > step:
+            shutil.rmtree(path)
+
+
+@pytest.mark.parametrize(
+    ("ranks", "model", "batch"), [(1, "convnet", 100), (4, "convnet", 100), (2, "resnet18", 100), (3, "convnet", 100)]
+)
+def test_resume_is_bit_exact(pool: RankPool, digits: Path, tmp_path: Path, ranks: int, model: str, batch: int) -> None:
+    tree = settings(digits, tmp_path, model__name=model, train__batch_size=batch)
+    folder = pool.run(ranks, run_train, tree)[0]
+    final, metrics, summary = weights(folder, 12), lines(folder), json.loads((folder / "summary.json").read_text())
+    assert [row["step"] for row in metrics] == [4, 6, 8, 12, 12]
+    cut_back(folder, 5)
+    pool.run(ranks, run_train, tree)
+    assert_equal_states(weights(folder, 12), final)
+    assert lines(folder) == metrics
+    again = json.loads((folder / "summary.json").read_text())
+    assert again["test_accuracy_per_class"] == summary["test_accuracy_per_class"]
+    assert len(json.loads((folder / "environment.json").read_text())["starts"]) == 2
+
+
+def test_numbers_do_not_depend_on_the_number_of_ranks(pool: RankPool, digits: Path, tmp_path: Path) -> None:
+    folders = {}
+    for ranks in (1, 2, 3, 4):
+        tree = settings(digits, tmp_path / str(ranks), train__precision="fp64", checkpoint__every_steps=None)
+        folders[ranks] = pool.run(ranks, run_train, tree)[0]
+    for ranks in (2, 3, 4):
+        assert_close_runs(folders[ranks], folders[1])
+
+
+def assert_close_runs(got: Path, expected: Path) -> None:
+    """Weights and lines of metrics to 1e-10."""
+    alone = weights(expected, 12)
+    for name, value in weights(got, 12).items():
+        if isinstance(value, torch.Tensor) and value.is_floating_point():
+            assert value.dtype == torch.float64
+            torch.testing.assert_close(value, alone[name], rtol=1e-10, atol=1e-10)
+    rows = list(zip(lines(got), lines(expected), strict=True))
+    assert [(row["kind"], row["step"]) for row, _ in rows] == [(row["kind"], row["step"]) for _, row in rows]
+    for row, other in rows:
+        for key in ("loss", "accuracy") if row["kind"] == "task" else ("test_loss", "validation_loss", "test_accuracy"):
+            assert row[key] == pytest.approx(other[key], rel=1e-10)
+
+
+def test_resume_on_another_number_of_ranks(pool: RankPool, digits: Path, tmp_path: Path) -> None:
+    tree = settings(digits, tmp_path, train__precision="fp64")
+    folder = pool.run(4, run_train, tree)[0]
+    unbroken = Path(shutil.copytree(folder, tmp_path / "unbroken"))
+    cut_back(folder, 5)
+    pool.run(3, run_train, tree)
+    assert_close_runs(folder, unbroken)
+
+
+@pytest.fixture(scope="module")
+def finished(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    tree = settings(digits, tmp_path_factory.mktemp("finished"))
+    run_train(tree)
+    return tree
+
+
+@pytest.fixture
+def run(finished: dict[str, Any], tmp_path: Path) -> dict[str, Any]:
+    """Settings of a finished run, in a folder of the test's own."""
+    shutil.copytree(finished["run"]["root"], tmp_path / "runs")
+    return finished | {"run": {"root": str(tmp_path / "runs"), "name": "run"}}
+
+
+def folder_of(tree: dict[str, Any]) -> Path:
+    return Path(tree["run"]["root"]) / tree["run"]["name"]
+
+
+def test_a_finished_run_does_nothing(run: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
+    before = {path: path.stat().st_mtime_ns for path in folder_of(run).rglob("*")}
+    run_train(run)
+    assert "is finished" in capsys.readouterr().out
+    assert {path: path.stat().st_mtime_ns for path in folder_of(run).rglob("*")} == before
+
+
+def test_another_config_is_refused(run: dict[str, Any]) -> None:
+    other = run | {"optim": {"lr": 0.06, "warmup_epochs": 1}}
+    with pytest.raises(AutodoError, match=r"optim\.lr: 0\.05 -> 0\.06.*another run\.name"):
+        run_train(other)
+
+
+def test_settings_that_change_no_number_may_change(run: dict[str, Any]) -> None:
+    cut_back(folder_of(run), 10)
+    run_train(run | {"checkpoint": {"every_steps": None, "keep": 1}, "train": run["train"] | {"log_every": 3}})
+    assert (folder_of(run) / "summary.json").is_file()
+
+
+def test_another_data_set_is_refused(run: dict[str, Any], digits: Path, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(digits, tmp_path / "other"))
+    header = json.loads((copy / "manifest.json").read_text())
+    (copy / "manifest.json").write_text(json.dumps(header | {"name": "other"}))
+    with pytest.raises(AutodoError, match="another packed data set"):
+        run_train(run | {"data": run["data"] | {"root": str(copy)}})
+
+
+@pytest.mark.parametrize("damage", ["cut", "flip", "delete", "header"])
+def test_a_broken_newest_checkpoint_is_passed_over(run: dict[str, Any], damage: str) -> None:
+    folder = folder_of(run)
+    expected = weights(folder, 12)
+    (folder / "summary.json").unlink()
+    newest = checkpoint.complete(folder / "checkpoints")[-1]
+    file = max(newest.glob("*.distcp"), key=lambda path: path.stat().st_size)
+    data = bytearray(file.read_bytes())
+    if damage == "cut":
+        file.write_bytes(data[: len(data) // 2])
+    elif damage == "flip":
+        data[len(data) // 2] ^= 1
+        file.write_bytes(data)
+    elif damage == "delete":
+        file.unlink()
+    else:
+        (newest / "checkpoint.json").write_text("{")
+    run_train(run)
+    log = (folder / "logs" / "rank-00000.log").read_text()
+    assert f"{newest}: " in log
+    assert "the one before is used" in log
+    assert "resumed at step 10" in log
+    assert_equal_states(weights(folder, 12), expected)
+
+
+def test_all_checkpoints_broken_is_an_error(run: dict[str, Any]) -> None:
+    (folder_of(run) / "summary.json").unlink()
+    for path in checkpoint.complete(folder_of(run) / "checkpoints"):
+        (path / ".metadata").unlink()
+    with pytest.raises(AutodoError, match="all broken"):
+        run_train(run)
+
+
+def test_old_checkpoints_are_pruned_but_not_the_best(digits: Path, tmp_path: Path) -> None:
+    tree = settings(digits, tmp_path, checkpoint__every_steps=None, checkpoint__keep=1, train__epochs=4)
+    folder = run_train(tree)
+    best = max(
+        (row for row in lines(folder) if row["kind"] == "evaluation"), key=lambda row: row["validation_accuracy"]
+    )
+    kept = {int(path.name[5:]) for path in checkpoint.complete(folder / "checkpoints")}
+    assert kept == {best["step"], 24}
+    summary = json.loads((folder / "summary.json").read_text())
+    assert summary["selected_epoch"] == best["epoch"]
+    assert summary["test_accuracy_selected"] == best["test_accuracy"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"train__batch_size": 5000}, "more than the 636 train pictures"),
+        ({"optim__warmup_epochs": 2}, "not below train.epochs = 2"),
+        ({"model__name": "resnet7"}, "model.name = 'resnet7' is unknown"),
+        ({"data__root": "/nowhere"}, "no such folder"),
+    ],
+)
+def test_settings_that_do_not_fit_are_refused(
+    digits: Path, tmp_path: Path, changes: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(AutodoError, match=message):
+        run_train(settings(digits, tmp_path, **changes))
+    assert not (tmp_path / "run" / "config.yaml").exists()
+
+
+def test_more_ranks_than_pictures_in_a_batch(pool: RankPool, digits: Path, tmp_path: Path) -> None:
+    with pytest.raises(RankError, match="less than one picture for each of 4 ranks"):
+        pool.run(4, run_train, settings(digits, tmp_path, train__batch_size=3))
+
+
+def test_a_run_without_validation_pictures(digits: Path, tmp_path: Path) -> None:
+    folder = run_train(settings(digits, tmp_path, data__validation_fraction=0.0, train__epochs=2))
+    summary = json.loads((folder / "summary.json").read_text())
+    assert summary["test_accuracy_selected"] is None
+    assert 0 <= summary["test_accuracy_final"] <= 1
+
+
+def test_config_round_trip(digits: Path, tmp_path: Path) -> None:
+    config: Config = check_config(settings(digits, tmp_path), "test")
+    assert check_config(yaml.safe_load(config.to_yaml()), "again") == config
