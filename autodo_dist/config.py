@@ -96,7 +96,10 @@ class Launch(Section):
     executor: Literal["local", "slurm"] = Field("local", description="local: processes of this machine")
     nodes: int = Field(1, ge=1, description="machines")
     ranks_per_node: int = Field(1, ge=1, description="processes per machine: one per GPU")
-    slurm: dict[str, str | int] = Field({}, description="further sbatch options, e.g. {partition: gpu, time: 60}")
+    slurm: dict[str, bool | int | str] = Field(
+        {},
+        description="further sbatch options, e.g. {partition: gpu, time: 720}; time in minutes, 1440 where not given",
+    )
 
 
 class Config(Section):

@@ -20,6 +20,7 @@ from typing import Any, Literal, NoReturn
 
 from autodo_dist.config import check_config, load_config
 from autodo_dist.errors import AutodoError
+from autodo_dist.files import write_json
 
 _LONGEST_MESSAGE = 500  # characters; torch's errors can fill pages, and the traceback keeps them whole
 
@@ -83,10 +84,7 @@ def fail(error: Exception, folder: Path) -> NoReturn:
 
 def _write(failure: Failure, errors: Path) -> None:
     errors.mkdir(parents=True, exist_ok=True)
-    path = errors / f"rank-{failure.rank:05d}.json"
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(asdict(failure), indent=1) + "\n")
-    os.replace(partial, path)
+    write_json(errors / f"rank-{failure.rank:05d}.json", asdict(failure))
 
 
 def read_failures(folder: Path) -> list[Failure]:

@@ -53,7 +53,7 @@ def submit(job: Job, folder: Path, parameters: Mapping[str, Any]) -> None:
     print(f"  cancel  scancel {number}")
 
 
-def parameters(name: str, nodes: int, ranks_per_node: int, options: Mapping[str, str | int]) -> dict[str, Any]:
+def parameters(name: str, nodes: int, ranks_per_node: int, options: Mapping[str, bool | int | str]) -> dict[str, Any]:
     """What submitit's update_parameters gets: the shape of the run, and the user's sbatch options over our defaults.
 
     AutodoError for an option that the launcher sets itself, or a time that Slurm would not read.

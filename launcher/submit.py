@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shlex
 import sys
 from pathlib import Path
@@ -13,6 +12,7 @@ import yaml
 
 from autodo_dist.config import Config, load_config
 from autodo_dist.errors import AutodoError
+from autodo_dist.files import write_text
 from launcher import local, slurm
 from launcher.job import Job
 
@@ -73,11 +73,9 @@ def start(config: Config, dry_run: bool) -> int:
 
 def _write(config: Config, file: Path) -> None:
     """Write every setting where the ranks read it."""
-    partial = file.with_name(file.name + ".partial")
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_text(config.to_yaml())
-        os.replace(partial, file)
+        write_text(file, config.to_yaml())
     except OSError as error:
         raise AutodoError(f"run folder {file.parent}: cannot be written ({error.strerror}); set run.root") from error
 

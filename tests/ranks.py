@@ -86,3 +86,5 @@ def _serve(connection: Connection) -> None:
             connection.send((False, 0.0, function(*args)))
         except BaseException:
             connection.send((True, time.time(), traceback.format_exc()))
+            if torch.distributed.is_initialized():
+                torch.distributed.destroy_process_group()

@@ -131,7 +131,6 @@ def process_group(place: Place, device: torch.device, timeout: timedelta = timed
                 "set MASTER_PORT to a free port and MASTER_ADDR to a host that every node can reach"
             ) from error
     dist.init_process_group(backend, store=store, rank=place.rank, world_size=place.ranks, timeout=timeout)
-    try:
-        yield Ranks(place.rank, place.ranks, device)
-    finally:
-        dist.destroy_process_group()
+    yield Ranks(place.rank, place.ranks, device)
+    # Not after an exception: a rank records why it failed before its peers see a closed connection (launcher/job.py).
+    dist.destroy_process_group()
