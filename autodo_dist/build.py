@@ -7,16 +7,22 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
+import numpy as np
 import torch
 
 from autodo_dist.config import Config
 from autodo_dist.data.loader import Loader
 from autodo_dist.data.manifest import Manifest, check_files, read_manifest
 from autodo_dist.data.order import Crop
-from autodo_dist.data.split import make_split
+from autodo_dist.data.split import Split, make_split
 from autodo_dist.errors import AutodoError
+from autodo_dist.hyperparameters import Hyperparameters, Layout
+from autodo_dist.method import warp
+from autodo_dist.method.hypergrad import Solve
+from autodo_dist.method.losses import Loss
+from autodo_dist.method.rmsprop import Rmsprop
 from autodo_dist.method.schedule import warmup_cosine
-from autodo_dist.models import build_model
+from autodo_dist.models import Classifier, build_model
 from autodo_dist.parallel.comm import Ranks
 from autodo_dist.parallel.engine import DdpEngine
 
@@ -24,16 +30,41 @@ DTYPES = {"fp32": torch.float32, "fp64": torch.float64}
 
 
 @dataclass(frozen=True)
-class Parts:
-    """What a run is made of; `lr` is a function of the global step."""
+class Loaders:
+    """A stream for each use. `hyper` and `hyper_validation` are the two sides of a hyper step."""
 
-    manifest: Manifest
-    engine: DdpEngine
     task: Loader
+    hyper: Loader
+    hyper_validation: Loader
     validation: Loader
     test: Loader
+
+
+@dataclass(frozen=True)
+class Hyper:
+    """The learnt hyperparameters and how a hyper step is made; `lr` is a function of the steps of the hyper passes."""
+
+    parameters: Hyperparameters
+    solve: Solve
+    lr: Callable[[int], float]
+    start_epoch: int
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What a run is made of: `engine` trains `model`; `hyper` is None where nothing is learnt.
+
+    `lr` is a function of the task steps done.
+    """
+
+    manifest: Manifest
+    model: Classifier
+    engine: DdpEngine
+    loaders: Loaders
     dtype: torch.dtype
     lr: Callable[[int], float]
+    loss: Loss
+    hyper: Hyper | None
 
 
 def build(config: Config, ranks: Ranks) -> Parts:
@@ -44,20 +75,24 @@ def build(config: Config, ranks: Ranks) -> Parts:
     manifest = read_manifest(config.data.root)
     if ranks.main:
         check_files(manifest)
-    loaders = build_loaders(config, manifest, ranks)
-    check_sizes(config, len(loaders["task"].ids), ranks.ranks)
-    steps = loaders["task"].steps
+    split = build_split(config, manifest)
+    check_sizes(config, len(split.train), ranks.ranks)
+    loaders = build_loaders(config, manifest, split, ranks)
+    schedule = functools.partial(
+        warmup_cosine,
+        warmup=round(config.optim.warmup_epochs * loaders.task.steps),
+        total=config.train.epochs * loaders.task.steps,
+    )
+    model = build_classifier(config, len(manifest.classes), ranks.device)
     return Parts(
         manifest=manifest,
-        engine=build_engine(config, len(manifest.classes), ranks),
+        model=model,
+        engine=build_engine(config, model, ranks),
+        loaders=loaders,
         dtype=DTYPES[config.train.precision],
-        lr=functools.partial(
-            warmup_cosine,
-            peak=config.optim.lr,
-            warmup=round(config.optim.warmup_epochs * steps),
-            total=config.train.epochs * steps,
-        ),
-        **loaders,
+        lr=functools.partial(schedule, peak=config.optim.lr),
+        loss=config.learn.loss if config.learn.soft_label else "cross_entropy",
+        hyper=build_hyper(config, manifest, split, schedule, ranks) if config.learn.anything else None,
     )
 
 
@@ -73,12 +108,50 @@ def check_sizes(config: Config, pictures: int, ranks: int) -> None:
         )
     if warmup >= epochs:
         raise AutodoError(f"optim.warmup_epochs = {warmup:g}: not below train.epochs = {epochs}; lower it")
+    if config.learn.anything and config.hyper.start_epoch >= epochs:
+        raise AutodoError(
+            f"hyper.start_epoch = {config.hyper.start_epoch}: not below train.epochs = {epochs}, so that nothing would "
+            "be learnt; lower it, or switch off learn.augment, learn.weight and learn.soft_label"
+        )
 
 
-def build_engine(config: Config, classes: int, ranks: Ranks) -> DdpEngine:
-    """Model and optimizer on this rank's device, with start weights drawn from train.seed."""
-    dtype = DTYPES[config.train.precision]
-    model = build_model(config.model.name, classes, config.train.seed).to(ranks.device, dtype)
+def build_hyper(
+    config: Config, manifest: Manifest, split: Split, schedule: Callable[..., float], ranks: Ranks
+) -> Hyper:
+    """The tables of the train part's ids and the settings of a hyper step."""
+    classes = len(manifest.classes)
+    have = np.bincount(manifest.label_N[split.validation], minlength=classes)
+    if not have.all():
+        lacking = ", ".join(manifest.classes[label] for label in np.flatnonzero(have == 0)[:5])
+        raise AutodoError(
+            f"validation part: no picture of class {lacking}; learning needs clean ones of every class: "
+            "raise data.validation_fraction, or pack a validation part"
+        )
+    learn, hyper = config.learn, config.hyper
+    layout = Layout(learn.augment, learn.weight, classes if learn.soft_label else 0, learn.smoothing)
+    return Hyper(
+        parameters=Hyperparameters(
+            layout,
+            split.train,
+            split.label_N,
+            ranks,
+            Rmsprop(hyper.decay, hyper.eps),
+            DTYPES[config.train.precision],
+            hyper.most_bad_rows,
+        ),
+        solve=Solve(hyper.solver, hyper.terms, hyper.power_iterations),
+        lr=functools.partial(schedule, peak=hyper.lr),
+        start_epoch=hyper.start_epoch,
+    )
+
+
+def build_classifier(config: Config, classes: int, device: torch.device) -> Classifier:
+    """The model, with start weights drawn from train.seed."""
+    return build_model(config.model.name, classes, config.train.seed).to(device, DTYPES[config.train.precision])
+
+
+def build_engine(config: Config, model: Classifier, ranks: Ranks) -> DdpEngine:
+    """Optimizer and data-parallel engine around the model. Every rank must call this."""
     optimizer = torch.optim.SGD(
         model.parameters(),
         lr=config.optim.lr,
@@ -88,29 +161,30 @@ def build_engine(config: Config, classes: int, ranks: Ranks) -> DdpEngine:
     )
     engine = DdpEngine(model, optimizer, ranks)
     size = config.data.image_size
-    engine.settle(torch.zeros(1, 3, size, size, device=ranks.device, dtype=dtype))
+    engine.settle(torch.zeros(1, 3, size, size, device=ranks.device, dtype=DTYPES[config.train.precision]))
     return engine
 
 
-def build_loaders(
-    config: Config, manifest: Manifest, ranks: Ranks
-) -> dict[Literal["task", "validation", "test"], Loader]:
-    """A loader for each part; only the task pass sees the distorted labels."""
-    data = config.data
-    split = make_split(
+def build_split(config: Config, manifest: Manifest) -> Split:
+    """The parts of the run and the given labels."""
+    return make_split(
         manifest.label_N,
         manifest.part_N,
         len(manifest.classes),
-        validation_fraction=data.validation_fraction,
-        imbalance_ratio=data.imbalance_ratio,
-        label_noise=data.label_noise,
-        seed=data.split_seed,
+        validation_fraction=config.data.validation_fraction,
+        imbalance_ratio=config.data.imbalance_ratio,
+        label_noise=config.data.label_noise,
+        seed=config.data.split_seed,
     )
+
+
+def build_loaders(config: Config, manifest: Manifest, split: Split, ranks: Ranks) -> Loaders:
+    """A loader for each use; only the train part's labels are the given ones."""
+    data = config.data
     load = functools.partial(
         Loader,
         manifest,
         seed=config.train.seed,
-        batch_size=config.train.batch_size,
         rank=ranks.rank,
         ranks=ranks.ranks,
         crop=Crop(data.crop, data.crop_area, data.crop_padding, data.image_size, data.evaluation_crop, data.flip),
@@ -120,11 +194,17 @@ def build_loaders(
         decode_on_gpu=data.device == "gpu" or (data.device == "auto" and ranks.device.type == "cuda"),
         threads=data.threads,
     )
-    return {
-        "task": load(split.label_N, split.train, pass_="task"),
-        "validation": load(manifest.label_N, split.validation, pass_="evaluation"),
-        "test": load(manifest.label_N, split.test, pass_="evaluation"),
-    }
+    batch = config.train.batch_size
+    draws = warp.DRAWS if config.learn.augment != "none" else 0
+    # A small validation part is one batch; without any, the run learns nothing and this loader is not used.
+    validation_batch = max(1, min(batch, len(split.validation)))
+    return Loaders(
+        task=load(split.label_N, split.train, pass_="task", batch_size=batch, draws=draws),
+        hyper=load(split.label_N, split.train, pass_="hyper", batch_size=batch, draws=draws),
+        hyper_validation=load(manifest.label_N, split.validation, pass_="validation", batch_size=validation_batch),
+        validation=load(manifest.label_N, split.validation, pass_="evaluation", batch_size=batch),
+        test=load(manifest.label_N, split.test, pass_="evaluation", batch_size=batch),
+    )
 
 
 def choose_device(setting: Literal["auto", "cpu", "cuda"], local_rank: int) -> torch.device:

@@ -22,6 +22,9 @@ from autodo_dist.errors import AutodoError
 # A run may be resumed with another value of these settings: they change where and how fast it runs, not its numbers.
 FREE_AT_RESUME = ("run.root", "data.root", "data.device", "data.threads", "train.log_every", "checkpoint", "launch")
 
+# A fork may differ from the run that it starts from in these as well.
+FREE_AT_FORK = (*FREE_AT_RESUME, "run", "learn", "hyper", "train.evaluate_every")
+
 
 class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, coerce_numbers_to_str=True)
@@ -30,6 +33,7 @@ class Section(BaseModel):
 class Run(Section):
     root: Path = Field(Path("runs"), description="folder that holds the runs")
     name: str = Field("", description="folder of this run below run.root; empty: the name of the yaml file")
+    fork: str = Field("", description="RUN@STEP: start from that checkpoint of another run folder, with fresh rows")
 
 
 class Data(Section):
@@ -87,6 +91,34 @@ class Train(Section):
     evaluate_every: int = Field(1, ge=1, description="epochs between evaluations; the last epoch is always evaluated")
 
 
+class Learn(Section):
+    augment: Literal["none", "shared", "per_sample"] = Field(
+        "none", description="λ^A: gates and magnitudes of seven affine operations, one set for all samples or one each"
+    )
+    weight: bool = Field(False, description="λ^W: a loss weight per sample")
+    soft_label: bool = Field(False, description="λ^S: a soft label per sample")
+    loss: Literal["symmetric_kl", "kl"] = Field(
+        "symmetric_kl", description="loss between prediction and soft label; without soft labels it is cross entropy"
+    )
+    smoothing: float = Field(0.1, description="α: soft labels start at (1 - α)y + α/C; 0 < α < C/(C - 1)")
+
+    @property
+    def anything(self) -> bool:
+        """Whether any group is learnt."""
+        return self.augment != "none" or self.weight or self.soft_label
+
+
+class Hyper(Section):
+    start_epoch: int = Field(50, ge=0, description="E: epochs before the first hyper pass; the paper: 100 on ImageNet")
+    lr: float = Field(0.05, gt=0, description="peak learning rate of RMSprop on the rows; the paper: 0.01 on ImageNet")
+    decay: float = Field(0.99, gt=0, lt=1, description="ρ of RMSprop's second moment")
+    eps: float = Field(1e-8, gt=0, description="ε of RMSprop")
+    solver: Literal["identity", "neumann"] = Field("neumann", description="how the inverse Hessian is applied")
+    terms: int = Field(5, ge=0, description="T, Hessian products of the Neumann sum")
+    power_iterations: int = Field(5, ge=1, description="Hessian products that estimate its largest eigenvalue")
+    most_bad_rows: int = Field(100, ge=0, description="row gradients that may be infinite or NaN before the run stops")
+
+
 class Checkpoint(Section):
     every_steps: int | None = Field(None, ge=1, description="saves inside an epoch; its end is always saved")
     keep: int = Field(2, ge=1, description="newest checkpoints kept, beside the best by validation")
@@ -108,6 +140,8 @@ class Config(Section):
     model: Model = Model()
     optim: Optim = Optim()
     train: Train = Train()
+    learn: Learn = Learn()
+    hyper: Hyper = Hyper()
     checkpoint: Checkpoint = Checkpoint()
     launch: Launch = Launch()
 
@@ -168,13 +202,12 @@ def settings(section: type[BaseModel] = Config, prefix: str = "") -> dict[str, F
     return found
 
 
-def differences(old: Config, new: Config) -> list[str]:
-    """Settings whose change makes it another run, as `name: old -> new`; FREE_AT_RESUME ones are left out."""
+def differences(old: Config, new: Config, free: Sequence[str] = FREE_AT_RESUME) -> list[str]:
+    """Settings that differ, as `name: old -> new`, but for those that are `free` or in a free section."""
     return [
         f"{name}: {_get(old, name)} -> {_get(new, name)}"
         for name in settings()
-        if _get(old, name) != _get(new, name)
-        and not any(name == free or name.startswith(free + ".") for free in FREE_AT_RESUME)
+        if _get(old, name) != _get(new, name) and not any(name == it or name.startswith(it + ".") for it in free)
     ]
 
 

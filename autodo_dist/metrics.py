@@ -75,8 +75,13 @@ class Interval:
     """The steps between two lines of metrics: their number, their time, and the share of it spent on data."""
 
     def __init__(self, clock: Clock) -> None:
+        self._clock = clock
+        self.restart()
+
+    def restart(self) -> None:
+        """Begin anew, now."""
         self.steps = 0
-        self._clock, self._start, self._data = clock, time.perf_counter(), clock.seconds.get("data", 0.0)
+        self._start, self._data = time.perf_counter(), self._clock.seconds.get("data", 0.0)
 
     def read(self) -> tuple[float, float]:
         """Seconds so far, and the share of them spent waiting for data."""

@@ -6,6 +6,8 @@ continuous derivatives: hence the split, and CELU (Barron 2017), which is C¹ wh
 
 from __future__ import annotations
 
+import difflib
+
 import torch
 from torch import nn
 from torchvision import models as torchvision_models
@@ -29,19 +31,31 @@ class Classifier(nn.Module):
 def build_model(name: str, classes: int, seed: int) -> Classifier:
     """A freshly initialised classifier; start weights depend on `seed` alone.
 
-    `convnet` is for 28 to 32 px; any torchvision ResNet goes by its torchvision name. AutodoError for another name.
+    `convnet` is for 28 to 32 px; any other name is torchvision's. AutodoError for a name that it does not know, or a
+    network that does not end in a linear layer.
     """
-    resnets = [model for model in torchvision_models.list_models() if model.startswith(("resnet", "resnext", "wide_"))]
-    resnets = [model for model in resnets if "_quantized" not in model and hasattr(torchvision_models, model)]
-    if name != "convnet" and name not in resnets:
-        raise AutodoError(f"model.name = {name!r} is unknown; choose convnet or one of {', '.join(resnets)}")
+    known = torchvision_models.list_models(module=torchvision_models)
+    if name != "convnet" and name not in known:
+        near = difflib.get_close_matches(name, ["convnet", *known], n=3)
+        raise AutodoError(f"model.name = {name!r} is unknown; choose {' or '.join(near) or 'convnet or resnet18'}")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         if name == "convnet":
             return Classifier(_convnet(128), nn.Linear(128, classes))
-        network = torchvision_models.get_model(name, num_classes=classes)
-        head, network.fc = network.fc, nn.Identity()
-        return Classifier(relu_to_celu(network), head)
+        return split_head(torchvision_models.get_model(name, num_classes=classes), name)
+
+
+def split_head(network: nn.Module, name: str) -> Classifier:
+    """Part a network into encoder and last linear layer. AutodoError if its last layer is another."""
+    path, head = list(network.named_modules())[-1]
+    if not isinstance(head, nn.Linear):
+        raise AutodoError(
+            f"model.name = {name!r}: ends in {type(head).__name__}, not in a linear layer, through which AutoDO "
+            "differentiates; choose another, e.g. resnet18"
+        )
+    parent, _, attribute = path.rpartition(".")
+    setattr(network.get_submodule(parent), attribute, nn.Identity())
+    return Classifier(relu_to_celu(network), head)
 
 
 def relu_to_celu(module: nn.Module) -> nn.Module:

@@ -6,11 +6,13 @@ runs/NAME/
   metrics.jsonl       a line every train.log_every steps and every evaluation
   checkpoints/        see parallel/checkpoint.py
   logs/               plain lines, a file a rank
+labels.csv          what was learnt of each train sample: weight, suggested label, its probability
   summary.json        the result; a run that has it is finished
 """
 
 from __future__ import annotations
 
+import csv
 import importlib.metadata
 import os
 import platform
@@ -23,6 +25,7 @@ import yaml
 
 from autodo_dist import __version__
 from autodo_dist.config import Config, check_config, differences
+from autodo_dist.data.manifest import Manifest
 from autodo_dist.errors import AutodoError
 from autodo_dist.files import read_json, write_json, write_text
 
@@ -74,6 +77,18 @@ def describe(config: Config, data_checksum: str, hosts: list[str], main: bool) -
         "autodo_dist": __version__,
     } | {name: _version(name) for name in PACKAGES}
     write_json(path, {"data_checksum": data_checksum, "starts": [*starts, start]})
+
+
+def write_labels(folder: Path, rows: list[tuple[int, int, float, int, float]], manifest: Manifest) -> None:
+    """Write labels.csv from rows of (id, given label, weight, suggested label, its probability)."""
+    partial = folder / "labels.csv.partial"
+    with partial.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(["id", "key", "given_label", "weight", "suggested_label", "suggested_probability"])
+        for id_, given, weight, suggested, probability in rows:
+            names = manifest.classes[given], manifest.classes[suggested]
+            writer.writerow([id_, manifest.keys[id_], names[0], f"{weight:.6g}", names[1], f"{probability:.6g}"])
+    os.replace(partial, folder / "labels.csv")
 
 
 def read_config(folder: Path) -> Config:

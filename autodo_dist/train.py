@@ -3,44 +3,36 @@
 from __future__ import annotations
 
 import logging
+import math
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 
 from autodo_dist import run_folder
-from autodo_dist.build import Parts, build, choose_device
+from autodo_dist.build import Hyper, Parts, build, choose_device
 from autodo_dist.config import Config
-from autodo_dist.data.loader import Batch
+from autodo_dist.data.loader import endless
 from autodo_dist.data.manifest import read_manifest
 from autodo_dist.evaluate import evaluate
 from autodo_dist.files import write_json
 from autodo_dist.metrics import Clock, Interval, MetricsFile, ProgressBar, console, peak_memory
 from autodo_dist.parallel import checkpoint, comm
 from autodo_dist.parallel.comm import Ranks
+from autodo_dist.progress import Progress, resume, tensors
+from autodo_dist.steps import hyper_step, task_step
 
 log = logging.getLogger(__name__)
 
 
 @dataclass
-class Progress:
-    """How far a run has come. Plain JSON, saved with every checkpoint."""
-
-    epoch: int = 0  # epochs done
-    position: int = 0  # task steps done in the present epoch
-    step: int = 0  # task steps done in all
-    lines: int = 0  # lines of metrics.jsonl
-    sums: list[list[float]] = field(default_factory=list)  # every rank's running sums since the last of those lines
-    seconds: dict[str, float] = field(default_factory=dict)
-    last: dict[str, Any] = field(default_factory=dict)  # newest evaluation
-    best: dict[str, Any] = field(default_factory=dict)  # the evaluation with the best validation accuracy
-
-
-@dataclass
 class Run:
-    """A run under way on this rank. `sums` are loss, hits and pictures since the last line of metrics."""
+    """A run under way on this rank.
+
+    `sums` are running sums since the last line of metrics: of a task pass loss, hits and pictures, of a hyper pass
+    cosine, largest eigenvalue and steps.
+    """
 
     config: Config
     ranks: Ranks
@@ -70,21 +62,25 @@ def train(config: Config) -> None:
         console(config.folder / "logs" / f"rank-{place.rank:05d}.log", ranks.main) as screen,
     ):
         parts = build(config, ranks)
-        run_folder.describe(config, parts.manifest.checksum, ranks.gather(run_folder.host()), ranks.main)
         progress, sums = resume(config, parts, ranks)
+        run_folder.describe(config, parts.manifest.checksum, ranks.gather(run_folder.host()), ranks.main)
         clock = Clock(progress.seconds)
         clock.add("start", time.perf_counter() - started)
         metrics = MetricsFile(config.folder / "metrics.jsonl", progress.lines) if ranks.main else None
-        with ProgressBar(screen, config.train.epochs * parts.task.steps, progress.step) as bar:
+        with ProgressBar(screen, total_steps(config, parts), progress.step) as bar:
             loop(Run(config, ranks, parts, progress, sums, clock, metrics, bar))
 
 
 def loop(run: Run) -> None:
-    """Epoch by epoch: task pass, evaluation, checkpoint; then the summary."""
+    """Epoch by epoch: hyper pass, task pass, evaluation, checkpoint; then the summary."""
     progress, epochs = run.progress, run.config.train.epochs
     while progress.epoch < epochs:
+        if progress.pass_ == "hyper":
+            if run.parts.hyper is not None and progress.epoch >= run.parts.hyper.start_epoch:
+                hyper_pass(run, run.parts.hyper)
+            progress.pass_, progress.position = "task", 0
         task_pass(run)
-        progress.epoch, progress.position = progress.epoch + 1, 0
+        progress.epoch, progress.pass_, progress.position = progress.epoch + 1, "hyper", 0
         if progress.epoch % run.config.train.evaluate_every == 0 or progress.epoch == epochs:
             evaluate_parts(run)
         save(run)
@@ -93,32 +89,47 @@ def loop(run: Run) -> None:
 
 def task_pass(run: Run) -> None:
     """The task steps of an epoch that are still to be done."""
-    progress, task = run.progress, run.parts.task
-    log_every, save_every = run.config.train.log_every, run.config.checkpoint.every_steps
-    run.parts.engine.module.train()
+    progress, task = run.progress, run.parts.loaders.task
+    run.parts.model.train()
     interval = Interval(run.clock)
     for batch in run.clock.waiting(task.batches(progress.epoch, progress.position)):
         with run.clock.phase("task"):
-            run.sums += task_step(run.parts, batch, progress.step, run.ranks.ranks)
-        progress.step, progress.position = progress.step + 1, progress.position + 1
-        interval.steps += 1
-        run.bar.advance(f"epoch {progress.epoch + 1}/{run.config.train.epochs}")
-        if progress.step % log_every == 0:
-            write_line(run, interval)
-            interval = Interval(run.clock)
-        # The end of an epoch is saved after its evaluation.
-        if save_every and progress.step % save_every == 0 and progress.position < task.steps:
-            save(run)
+            run.sums += task_step(run.parts, batch, progress.epoch * task.steps + progress.position, run.ranks)
+        after_step(run, interval, task.steps)
 
 
-def task_step(parts: Parts, batch: Batch, step: int, ranks: int) -> torch.Tensor:
-    """One step of SGD on the mean loss of the global batch; this rank's summed loss, hits and pictures."""
-    logits_BC = parts.engine.forward(batch.images_BCHW.to(parts.dtype))
-    loss = F.cross_entropy(logits_BC, batch.labels_B, reduction="sum")
-    # The engine takes the mean over ranks, whose parts of the batch may differ by one picture.
-    parts.engine.step(loss * ranks / parts.task.batch_size, parts.lr(step))
-    hits = (logits_BC.detach().argmax(1) == batch.labels_B).sum()
-    return torch.stack([loss.detach().double(), hits.double(), hits.new_tensor(len(batch)).double()])
+def hyper_pass(run: Run, hyper: Hyper) -> None:
+    """The hyper steps of an epoch that are still to be done. The model is in eval mode and stays as it is."""
+    progress, loaders = run.progress, run.parts.loaders
+    run.parts.engine.share_buffers()
+    run.parts.model.eval()
+    interval = Interval(run.clock)
+    batches = zip(
+        loaders.hyper.batches(progress.epoch, progress.position),
+        endless(loaders.hyper_validation, progress.hyper_steps),
+        strict=False,
+    )
+    for batch, validation in run.clock.waiting(batches):
+        with run.clock.phase("hyper"):
+            lr = hyper.lr(progress.epoch * loaders.hyper.steps + progress.position)
+            progress.hyper_steps += 1
+            run.sums += hyper_step(run.parts, hyper, batch, validation, lr, progress.hyper_steps, run.ranks)
+        after_step(run, interval, loaders.hyper.steps)
+
+
+def after_step(run: Run, interval: Interval, steps: int) -> None:
+    """Count a step of the present pass, which has `steps`; write a line of metrics or save where one is due."""
+    progress, config = run.progress, run.config
+    progress.step, progress.position = progress.step + 1, progress.position + 1
+    interval.steps += 1
+    run.bar.advance(f"epoch {progress.epoch + 1}/{config.train.epochs} {progress.pass_}")
+    if progress.position % config.train.log_every == 0 or progress.position == steps:
+        write_line(run, interval, last=progress.position == steps)
+        interval.restart()
+    # The end of an epoch is saved after its evaluation.
+    every = config.checkpoint.every_steps
+    if every and progress.step % every == 0 and not (progress.pass_ == "task" and progress.position == steps):
+        save(run)
 
 
 def evaluate_parts(run: Run) -> None:
@@ -127,8 +138,8 @@ def evaluate_parts(run: Run) -> None:
     row: dict[str, Any] = {"kind": "evaluation", "step": progress.step, "epoch": progress.epoch}
     with run.clock.phase("evaluation"):
         parts.engine.share_buffers()
-        for name, loader in (("validation", parts.validation), ("test", parts.test)):
-            found = evaluate(parts.engine.module, loader, parts.manifest.classes, parts.dtype, run.ranks)
+        for name, loader in (("validation", parts.loaders.validation), ("test", parts.loaders.test)):
+            found = evaluate(parts.model, loader, parts.manifest.classes, parts.dtype, run.ranks)
             row |= {f"{name}_{key}": value for key, value in found.items()}
     progress.last = row
     validation = row["validation_accuracy"]
@@ -145,27 +156,33 @@ def evaluate_parts(run: Run) -> None:
         )
 
 
-def write_line(run: Run, interval: Interval) -> None:
-    """Add a line of metrics about the steps since the last one. Every rank must call this."""
-    loss, hits, pictures = run.ranks.sum(run.sums).tolist()
+def write_line(run: Run, interval: Interval, last: bool) -> None:
+    """Add a line of metrics about the steps since the last one; `last` in its pass. Every rank must call this."""
+    progress, parts = run.progress, run.parts
+    one, two, count = run.ranks.sum(run.sums).tolist()
     run.sums.zero_()
     seconds, wait = interval.read()
     waits, memories = zip(*run.ranks.gather((wait, peak_memory(run.ranks.device))), strict=True)
-    if run.metrics is None:
-        return
-    row = {
-        "kind": "task",
-        "step": run.progress.step,
-        "epoch": run.progress.step / run.parts.task.steps,
-        "loss": loss / pictures,
-        "accuracy": hits / pictures,
-        "lr": run.parts.lr(run.progress.step - 1),
-        "images_per_second": interval.steps * run.parts.task.batch_size / seconds,
+    row: dict[str, Any] = {"kind": progress.pass_, "step": progress.step}
+    steps = parts.loaders.task.steps  # the hyper pass has as many
+    done = progress.epoch * steps + progress.position
+    row["epoch"] = done / steps
+    if progress.pass_ == "task":
+        row |= {"loss": one / count, "accuracy": two / count, "lr": parts.lr(done - 1)}
+    elif parts.hyper is not None:
+        eigenvalue = two / count if math.isfinite(two) else None  # the identity solver has none
+        row |= {"cosine": one / count, "largest_eigenvalue": eigenvalue, "lr": parts.hyper.lr(done - 1)}
+        row |= parts.hyper.parameters.facts() if last else {}
+    row |= {
+        "seconds": seconds,
+        "images_per_second": interval.steps * parts.loaders.task.batch_size / seconds,
         "data_wait_share": max(waits),
         "peak_memory_bytes": max(memories),
     }
-    run.metrics.write(row)
-    log.info("step %d: loss %.4f, %.0f images/s", row["step"], row["loss"], row["images_per_second"])
+    if run.metrics is not None:
+        run.metrics.write(row)
+        value = f"loss {row['loss']:.4f}" if progress.pass_ == "task" else f"cosine {row['cosine']:.4f}"
+        log.info("%s step %d: %s, %.0f images/s", progress.pass_, progress.step, value, row["images_per_second"])
 
 
 def save(run: Run) -> None:
@@ -177,37 +194,19 @@ def save(run: Run) -> None:
         progress.lines = run.metrics.lines if run.metrics is not None else 0
         progress.seconds = dict(run.clock.seconds)
         root = run.config.folder / "checkpoints"
-        checkpoint.save(root, progress.step, run.parts.engine.state(), asdict(progress), run.ranks)
+        checkpoint.save(root, progress.step, tensors(run.parts), asdict(progress), run.ranks)
         checkpoint.prune(root, run.config.checkpoint.keep, progress.best.get("step"), run.ranks)
 
 
-def resume(config: Config, parts: Parts, ranks: Ranks) -> tuple[Progress, torch.Tensor]:
-    """Take up the newest complete checkpoint, if there is one: progress and this rank's running sums.
-
-    Every rank must call this.
-    """
-    sums = torch.zeros(3, dtype=torch.float64, device=ranks.device)
-    path = checkpoint.newest(config.folder / "checkpoints", ranks)
-    if path is None:
-        return Progress(), sums
-    state = parts.engine.state()
-    progress = Progress(**checkpoint.restore(path, state, ranks))
-    parts.engine.restore(state)
-    # Bit for bit at the same number of ranks; at another, rank 0 takes all the sums.
-    if len(progress.sums) == ranks.ranks:
-        sums += sums.new_tensor(progress.sums[ranks.rank])
-    elif ranks.main:
-        sums += sums.new_tensor(progress.sums).sum(0)
-    if ranks.main:
-        log.info("resumed at step %d, in epoch %d, from %s", progress.step, progress.epoch + 1, path)
-    return progress, sums
-
-
 def summarise(run: Run) -> None:
-    """Write summary.json; with it the run is finished."""
+    """Write labels.csv and summary.json; with it the run is finished. Every rank must call this."""
     last, best = run.progress.last, run.progress.best
+    hyper = run.parts.hyper
+    labels = hyper.parameters.table_of_labels() if hyper is not None else []
     if not run.ranks.main:
         return
+    if hyper is not None:
+        run_folder.write_labels(run.config.folder, labels, run.parts.manifest)
     summary = {
         "test_accuracy_final": last["test_accuracy"],
         "test_accuracy_selected": best.get("test_accuracy"),
@@ -221,6 +220,12 @@ def summarise(run: Run) -> None:
     }
     write_json(run.config.folder / "summary.json", summary)
     log.info("finished: test accuracy %s; see %s", percent(last["test_accuracy"]), run.config.folder)
+
+
+def total_steps(config: Config, parts: Parts) -> int:
+    """Steps of all passes of the run."""
+    hyper_epochs = 0 if parts.hyper is None else config.train.epochs - parts.hyper.start_epoch
+    return config.train.epochs * parts.loaders.task.steps + hyper_epochs * parts.loaders.hyper.steps
 
 
 def percent(share: float | None) -> str:

@@ -15,6 +15,15 @@ from ranks import RankPool
 os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
 
 
+@pytest.fixture(autouse=True)
+def no_process_group_left() -> Iterator[None]:
+    """A run that failed in this process keeps its process group, as a rank must; the next test needs none."""
+    yield
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
 @pytest.fixture(scope="session")
 def pool() -> Iterator[RankPool]:
     pool = RankPool(4)

@@ -40,6 +40,7 @@ def make(manifest: Manifest, ids: np.ndarray, *, rank: int = 0, ranks: int = 1, 
         "device": torch.device("cpu"),
         "decode_on_gpu": False,
         "threads": 1,
+        "draws": 5,
     }
     return Loader(manifest, manifest.label_N, ids, **(options | changes))
 
@@ -55,7 +56,7 @@ def train_ids(manifest: Manifest) -> np.ndarray:
 
 
 def joined(parts: list[Batch]) -> Batch:
-    return Batch(*(torch.cat([getattr(part, name) for part in parts]) for name in ("images_BCHW", "labels_B", "ids_B")))
+    return Batch(*(torch.cat([getattr(part, name) for part in parts]) for name in Batch.__annotations__))
 
 
 @pytest.mark.parametrize("ranks", [2, 3, 4])
@@ -68,6 +69,8 @@ def test_global_batches_are_equal_on_any_number_of_ranks(manifest: Manifest, tra
         assert torch.equal(together.ids_B, batch.ids_B)
         assert torch.equal(together.labels_B, batch.labels_B)
         assert torch.equal(together.images_BCHW, batch.images_BCHW)
+        assert torch.equal(together.draws_BD, batch.draws_BD)
+        assert batch.draws_BD.shape == (BATCH, 5)
 
 
 def test_batches_are_what_order_says(manifest: Manifest, train_ids: np.ndarray) -> None:

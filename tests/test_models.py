@@ -12,7 +12,12 @@ from autodo_dist.method.schedule import warmup_cosine
 from autodo_dist.models import build_model
 
 
-@pytest.mark.parametrize("name", ["convnet", "resnet18", "resnet50"])
+def test_a_network_without_a_final_linear_layer_is_refused() -> None:
+    with pytest.raises(AutodoError, match="ends in AdaptiveAvgPool2d, not in a linear layer"):
+        build_model("squeezenet1_1", 10, 0)
+
+
+@pytest.mark.parametrize("name", ["convnet", "resnet18", "resnet50", "vgg11", "mobilenet_v3_small"])
 def test_encoder_and_head_without_relu(name: str) -> None:
     model = build_model(name, 7, seed=1)
     assert not any(isinstance(module, nn.ReLU) for module in model.modules())
@@ -56,7 +61,7 @@ def test_the_convnets_gradient_is_continuous() -> None:
 
 
 def test_an_unknown_model_is_refused() -> None:
-    with pytest.raises(AutodoError, match="choose convnet or one of"):
+    with pytest.raises(AutodoError, match="choose resnet18 or"):
         build_model("resnet17", 10, 0)
 
 

@@ -30,20 +30,16 @@ def evaluate_checkpoint(run: Path, step: int | None) -> dict[str, Any]:
     config = run_folder.read_config(run)
     root = run / "checkpoints"
     with comm.process_group(comm.Place(), build.choose_device(config.train.device, 0)) as ranks:
-        path = checkpoint.newest(root, ranks) if step is None else checkpoint.folder(root, step)
-        if path is None or not path.is_dir():
-            have = ", ".join(str(int(found.name[5:])) for found in checkpoint.complete(root))
-            raise AutodoError(
-                f"run {run}: no checkpoint {'' if step is None else step}; it has steps: {have or 'none'}"
-            )
-        if fault := checkpoint.check(path):
-            raise AutodoError(f"checkpoint {path}: {fault}; choose another with --step")
+        path = checkpoint.newest(root, ranks) if step is None else checkpoint.existing(root, step)
+        if path is None:
+            raise AutodoError(f"run {run}: has no checkpoint yet")
         manifest = read_manifest(config.data.root)
         run_folder.check_same_data(run, config.data.root, manifest.checksum)
-        engine = build.build_engine(config, len(manifest.classes), ranks)
+        model = build.build_classifier(config, len(manifest.classes), ranks.device)
+        engine = build.build_engine(config, model, ranks)
         state = engine.state()
         progress = checkpoint.restore(path, state, ranks)
         engine.restore(state)
-        test = build.build_loaders(config, manifest, ranks)["test"]
+        test = build.build_loaders(config, manifest, build.build_split(config, manifest), ranks).test
         dtype = build.DTYPES[config.train.precision]
-        return {"step": progress["step"]} | evaluate(engine.module, test, manifest.classes, dtype, ranks)
+        return {"step": progress["step"]} | evaluate(model, test, manifest.classes, dtype, ranks)

@@ -15,8 +15,8 @@ import numpy as np
 import numpy.typing as npt
 
 Ids = npt.NDArray[np.int64]
-Pass = Literal["task", "evaluation"]
-PASSES: tuple[Pass, ...] = ("task", "evaluation")
+Pass = Literal["task", "hyper", "validation", "evaluation"]
+PASSES: tuple[Pass, ...] = ("task", "hyper", "validation", "evaluation")
 _ORDER = 2**64 - 1  # the counter that no id uses: it draws the order itself
 
 

@@ -80,6 +80,17 @@ def newest(root: Path, ranks: Ranks) -> Path | None:
     return found
 
 
+def existing(root: Path, step: int) -> Path:
+    """Checkpoint `step`. AutodoError if there is none or its files are not as they were written."""
+    path = folder(root, step)
+    if not path.is_dir():
+        have = ", ".join(str(int(found.name[5:])) for found in complete(root)) or "none"
+        raise AutodoError(f"{root}: no checkpoint of step {step}; those there: {have}")
+    if fault := check(path):
+        raise AutodoError(f"checkpoint {path}: {fault}; choose another")
+    return path
+
+
 def complete(root: Path) -> list[Path]:
     """Checkpoints that were written to their end, oldest first."""
     return sorted(path for path in root.glob("step-*") if path.suffix != ".partial")

@@ -104,6 +104,15 @@ class Ranks:
         dist.broadcast_object_list(values, src=0)
         return values[0]
 
+    def exchange(self, rows: torch.Tensor, sent: list[int], received: list[int]) -> torch.Tensor:
+        """Send consecutive pieces of `rows` (lengths `sent`, one a rank); what came, in the order of ranks.
+
+        On two ranks, sent = [1, 2] gives rank 0 the first row and rank 1 the other two.
+        """
+        arrived = rows.new_empty(sum(received), *rows.shape[1:])
+        dist.all_to_all_single(arrived, rows.contiguous(), received, sent)
+        return arrived
+
     def barrier(self) -> None:
         """Wait until every rank is here."""
         dist.barrier()

@@ -1,0 +1,188 @@
+"""What AutoDO learns: per sample in a sharded table, or shared by all samples, behind one fetch and one step.
+
+A sample's row holds, as far as they are learnt, K gate logits, K magnitude logits, one weight logit and C soft logits.
+Shared gates and magnitudes are one row of 2K values that every rank keeps, its gradient summed over samples and ranks.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from autodo_dist.errors import AutodoError
+from autodo_dist.method import losses, warp
+from autodo_dist.method.hypergrad import Rows
+from autodo_dist.method.rmsprop import Rmsprop, touch
+from autodo_dist.parallel.comm import Ranks
+from autodo_dist.parallel.row_table import Ids, RowTable
+
+log = logging.getLogger(__name__)
+Augment = Literal["none", "shared", "per_sample"]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Which columns of a row hold what; a group that is not learnt has none. `start` has a value per column, the soft
+    logits' being that of the labels which were not given.
+    """
+
+    augment: Augment
+    weight: bool
+    classes: int  # 0 where soft labels are not learnt
+    smoothing: float
+
+    @property
+    def widths(self) -> dict[str, int]:
+        """Columns of each group, in their order."""
+        gates = warp.K if self.augment == "per_sample" else 0
+        return {
+            "gate_logit": gates,
+            "magnitude_logit": gates,
+            "weight_logit": int(self.weight),
+            "soft_logit": self.classes,
+        }
+
+    @property
+    def width(self) -> int:
+        """P, the values of a row."""
+        return sum(self.widths.values())
+
+    def split(self, values_BP: torch.Tensor) -> dict[str, torch.Tensor]:
+        """The groups of rows; the weight logit as a vector."""
+        parts = zip(self.widths, values_BP.split(list(self.widths.values()), dim=1), strict=True)
+        return {name: part.squeeze(1) if name == "weight_logit" else part for name, part in parts if self.widths[name]}
+
+    def join(self, grads: Rows, samples: int) -> torch.Tensor:
+        """Gradients of the groups as rows (B × P)."""
+        parts = [getattr(grads, name).reshape(samples, width) for name, width in self.widths.items() if width]
+        return torch.cat(parts, 1) if parts else torch.empty(samples, 0)
+
+    def start(self, labels_n: npt.NDArray[np.int32], dtype: torch.dtype) -> torch.Tensor:
+        """Start values (n × P) of samples with these given labels: each column filled, then one entry a sample."""
+        gate, magnitude = warp.start_logits()
+        values = torch.empty(len(labels_n), self.width, dtype=dtype)
+        for name, part in self.split(values).items():
+            part.fill_({"gate_logit": gate, "magnitude_logit": magnitude}.get(name, 0.0))
+        if self.classes:
+            soft = losses.soft_logit_start(self.classes, self.smoothing)
+            values[:, -self.classes :] = -soft
+            values[torch.arange(len(labels_n)), self.width - self.classes + torch.from_numpy(labels_n).long()] = soft
+        return values
+
+
+class Hyperparameters:
+    """The learnt hyperparameters of a run's train samples. Every method is a collective: every rank must call it."""
+
+    def __init__(
+        self,
+        layout: Layout,
+        ids: Ids,
+        label_N: npt.NDArray[np.int32],
+        ranks: Ranks,
+        rule: Rmsprop,
+        dtype: torch.dtype,
+        most_bad_rows: int,
+    ) -> None:
+        """Start values for the sorted train `ids`; label_N are the given labels by id."""
+        self.layout, self.label_N, self.ranks, self.most_bad_rows = layout, label_N, ranks, most_bad_rows
+        self.table = RowTable(ids, lambda mine: layout.start(label_N[mine], dtype), ranks, rule)
+        gate, magnitude = warp.start_logits()
+        self.shared = SharedRow(torch.tensor([gate] * warp.K + [magnitude] * warp.K, dtype=dtype), ranks, rule)
+        self.bad_rows = 0
+
+    def fetch(self, ids_B: torch.Tensor) -> Rows:
+        """The hyperparameters of this rank's batch."""
+        groups = self.layout.split(self.table.fetch(ids_B)) if self.layout.width else {}
+        if self.layout.augment == "shared":
+            groups["gate_logit"], groups["magnitude_logit"] = self.shared.value_P.chunk(2)
+        return Rows(**groups)
+
+    def apply_grads(self, ids_B: torch.Tensor, grads: Rows, *, lr: float, step: int) -> None:
+        """One RMSprop step, number `step` counted from 1.
+
+        A row whose gradient is not finite is left as it is, named in the log and counted; AutodoError when more than
+        most_bad_rows have been.
+        """
+        rows_BP = self.layout.join(grads, len(ids_B))
+        finite_B = rows_BP.isfinite().all(1)
+        self._count_bad(ids_B[~finite_B], step)
+        if self.layout.width:
+            self.table.apply_grads(ids_B[finite_B], rows_BP[finite_B], lr=lr, step=step)
+        if grads.gate_logit is not None and grads.magnitude_logit is not None and self.layout.augment == "shared":
+            self.shared.apply_grad(torch.cat([grads.gate_logit, grads.magnitude_logit]), lr=lr, step=step)
+
+    def _count_bad(self, ids: torch.Tensor, step: int) -> None:
+        bad = int(self.ranks.sum(torch.tensor(len(ids), device=self.ranks.device)))
+        if not bad:
+            return
+        named = [id_ for part in self.ranks.gather(ids.tolist()) for id_ in part][:10]
+        self.bad_rows += bad
+        log.warning("hyper step %d: %d row gradients are not finite and left out, ids %s", step, bad, named)
+        if self.bad_rows > self.most_bad_rows:
+            raise AutodoError(
+                f"hyper step {step}: {self.bad_rows} row gradients were not finite, last of ids {named}; "
+                "lower hyper.lr or optim.lr, or raise hyper.most_bad_rows"
+            )
+
+    def facts(self) -> dict[str, float]:
+        """Share of samples whose weight is below 1/2, and of those whose likeliest label is not the given one."""
+        weight_n, label_n, _ = self._suggestions()
+        given_n = torch.from_numpy(self.label_N[self.table.my_ids]).to(label_n)
+        counts = torch.stack([(weight_n < 0.5).sum(), (label_n != given_n).sum()]).double()
+        small, changed = (self.ranks.sum(counts) / max(1, len(self.table.ids))).tolist()
+        return {"weights_below_half": small, "changed_labels": changed}
+
+    def table_of_labels(self) -> list[tuple[int, int, float, int, float]]:
+        """On rank 0, for every train sample: id, given label, weight, suggested label and its probability."""
+        mine = zip(self.table.my_ids.tolist(), *(column.tolist() for column in self._suggestions()), strict=True)
+        rows = [row for part in self.ranks.gather(list(mine)) for row in part]
+        return [(id_, int(self.label_N[id_]), weight, label, share) for id_, weight, label, share in rows]
+
+    def _suggestions(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Weight, likeliest label, its probability of this rank's rows; 1, the given label and 1 where not learnt."""
+        groups = self.layout.split(self.table.value_nP)
+        given_n = torch.from_numpy(self.label_N[self.table.my_ids]).to(self.ranks.device, torch.int64)
+        weight_n = share_n = torch.ones(len(given_n), dtype=torch.float64, device=self.ranks.device)
+        if "weight_logit" in groups:
+            weight_n = losses.weight(groups["weight_logit"])
+        if "soft_logit" in groups:
+            share_n, given_n = torch.softmax(groups["soft_logit"], 1).max(1)
+        return weight_n, given_n, share_n
+
+    def state(self) -> dict[str, Any]:
+        """Everything that a resume needs."""
+        return {"rows": self.table.state(), "shared": self.shared.state()}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Take back what `state` gave, on any number of ranks."""
+        self.table.restore(state["rows"])
+        self.shared.restore(state["shared"])
+
+
+class SharedRow:
+    """One row that every rank keeps, updated alike on all by the sum of their gradients."""
+
+    def __init__(self, value_P: torch.Tensor, ranks: Ranks, rule: Rmsprop) -> None:
+        self.value_P, self.ranks, self.rule = value_P.to(ranks.device), ranks, rule
+        self.second_P = torch.zeros_like(self.value_P)
+        self.touched = torch.zeros(1, dtype=torch.int64, device=ranks.device)
+
+    def apply_grad(self, grad_P: torch.Tensor, *, lr: float, step: int) -> None:
+        """One RMSprop step with the sum over ranks of `grad_P`; left out if that is not finite."""
+        total = self.ranks.sum(grad_P)
+        if total.isfinite().all():
+            table, row = (self.value_P[None], self.second_P[None], self.touched), torch.zeros_like(self.touched)
+            touch(*table, row, total[None], lr=lr, step=step, rule=self.rule)
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """Value, second moment and step of the last update."""
+        return {"value": self.value_P, "second_moment": self.second_P, "touched": self.touched}
+
+    def restore(self, state: dict[str, torch.Tensor]) -> None:
+        """Take back what `state` gave."""
+        self.value_P, self.second_P, self.touched = state["value"], state["second_moment"], state["touched"]

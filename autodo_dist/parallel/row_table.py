@@ -1,0 +1,120 @@
+"""The sharded table: P values for each of N ids, every row on one rank, fetched and updated by all-to-all.
+
+    fetch(ids):              ids -> their owners; values back, in the order of the ids
+    apply_grads(ids, grads): ids and gradients -> their owners; duplicates summed; exact lazy RMSprop on those rows
+
+Row i of the sorted ids belongs to rank i // ceil(N/R), the blocks of DTensor's Shard(0): so the state is saved and
+loaded on any number of ranks. No rank ever holds the whole table, and a step costs the same whatever N is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Shard
+
+from autodo_dist.errors import AutodoError
+from autodo_dist.method.rmsprop import Rmsprop, sum_duplicates, touch
+from autodo_dist.parallel.comm import Ranks
+
+Ids = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Route:
+    """How one batch of ids travels: the order that sorts it by owner, the lengths of what this rank sends to and gets
+    from each rank, and the rows of this rank's block that were asked for.
+    """
+
+    order_B: torch.Tensor
+    sent: list[int]
+    received: list[int]
+    rows: torch.Tensor
+
+
+class RowTable:
+    """N rows of P values and their second moments; see the module."""
+
+    def __init__(
+        self,
+        ids: Ids,
+        start: Callable[[Ids], torch.Tensor],
+        ranks: Ranks,
+        rule: Rmsprop,
+    ) -> None:
+        """A table for the sorted `ids`. `start` gives the start values (n × P) of the ids that it is asked for: this
+        rank's block alone.
+        """
+        self.ids, self.ranks, self.rule = ids, ranks, rule
+        self.block = max(1, -(-len(ids) // ranks.ranks))
+        mine = ids[ranks.rank * self.block : (ranks.rank + 1) * self.block]
+        self.value_nP = start(mine).to(ranks.device)
+        self.second_nP = torch.zeros_like(self.value_nP)
+        self.touched_n = torch.zeros(len(mine), dtype=torch.int64, device=ranks.device)
+
+    @property
+    def my_ids(self) -> Ids:
+        """The ids of this rank's rows, in the rows' order."""
+        return self.ids[self.ranks.rank * self.block : (self.ranks.rank + 1) * self.block]
+
+    def fetch(self, ids_B: torch.Tensor) -> torch.Tensor:
+        """The values (B × P) of a batch's ids. Every rank must call this, each with its own ids.
+
+        AutodoError for an id that has no row.
+        """
+        route = self._route(ids_B)
+        values = self.ranks.exchange(self.value_nP[route.rows], route.received, route.sent)
+        back = torch.empty_like(values)
+        back[route.order_B] = values
+        return back
+
+    def apply_grads(self, ids_B: torch.Tensor, grads_BP: torch.Tensor, *, lr: float, step: int) -> None:
+        """One RMSprop step, number `step` counted from 1, on the rows of all ranks' ids. Every rank must call this."""
+        route = self._route(ids_B)
+        grads = self.ranks.exchange(grads_BP[route.order_B].to(self.value_nP.dtype), route.sent, route.received)
+        rows, grads = sum_duplicates(route.rows, grads)
+        touch(self.value_nP, self.second_nP, self.touched_n, rows, grads, lr=lr, step=step, rule=self.rule)
+
+    def state(self) -> dict[str, Any]:
+        """Everything that a resume needs, each tensor sharded over the ranks. Every rank must call this."""
+        mesh = DeviceMesh(self.ranks.device.type, torch.arange(self.ranks.ranks))
+        local = {"value": self.value_nP, "second_moment": self.second_nP, "touched": self.touched_n}
+        return {name: self._sharded(tensor, mesh) for name, tensor in local.items()}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Take back what `state` gave, from any number of ranks."""
+        self.value_nP, self.second_nP, self.touched_n = (
+            state[name].to_local() for name in ("value", "second_moment", "touched")
+        )
+
+    def _sharded(self, local: torch.Tensor, mesh: DeviceMesh) -> DTensor:
+        shape = torch.Size((len(self.ids), *local.shape[1:]))
+        stride = (local.shape[1], 1) if local.dim() == 2 else (1,)
+        return DTensor.from_local(local, mesh, [Shard(0)], run_check=False, shape=shape, stride=stride)
+
+    def _route(self, ids_B: torch.Tensor) -> Route:
+        rows = find(self.ids, ids_B.cpu().numpy())
+        owners = rows // self.block
+        order = np.argsort(owners, kind="stable")
+        sent = torch.from_numpy(np.bincount(owners, minlength=self.ranks.ranks)).to(self.ranks.device)
+        received = self.ranks.exchange(sent, [1] * self.ranks.ranks, [1] * self.ranks.ranks)
+        asked = torch.from_numpy((rows % self.block)[order]).to(self.ranks.device)
+        counts = sent.tolist(), received.tolist()
+        return Route(torch.from_numpy(order).to(self.ranks.device), *counts, self.ranks.exchange(asked, *counts))
+
+
+def find(ids: Ids, wanted_B: Ids) -> Ids:
+    """Rows of the wanted ids among the sorted ids. AutodoError for an id that is not there."""
+    rows = np.searchsorted(ids, wanted_B)
+    missing = np.searchsorted(ids, wanted_B, side="right") == rows
+    if missing.any():
+        raise AutodoError(
+            f"row table: id {wanted_B[missing][0]} has no row; only the {len(ids)} train ids of this run have one"
+        )
+    return rows

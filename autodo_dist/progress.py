@@ -1,0 +1,88 @@
+"""How far a run has come, and how it takes up a checkpoint: its own newest, or another run's."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from autodo_dist import run_folder
+from autodo_dist.build import Parts
+from autodo_dist.config import FREE_AT_FORK, Config, differences
+from autodo_dist.errors import AutodoError
+from autodo_dist.parallel import checkpoint
+from autodo_dist.parallel.comm import Ranks
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class Progress:
+    """How far a run has come. Plain JSON, saved with every checkpoint."""
+
+    epoch: int = 0  # epochs done
+    pass_: Literal["hyper", "task"] = "hyper"  # of the present epoch; one without a hyper pass skips it
+    position: int = 0  # steps done in this pass
+    step: int = 0  # steps done in all, of both kinds
+    hyper_steps: int = 0  # those of hyper passes
+    lines: int = 0  # lines of metrics.jsonl
+    sums: list[list[float]] = field(default_factory=list)  # every rank's running sums since the last of those lines
+    seconds: dict[str, float] = field(default_factory=dict)
+    last: dict[str, Any] = field(default_factory=dict)  # newest evaluation
+    best: dict[str, Any] = field(default_factory=dict)  # the evaluation with the best validation accuracy
+
+
+def tensors(parts: Parts) -> dict[str, Any]:
+    """Every tensor that a resume needs. Every rank must call this."""
+    hyper = {"hyper": parts.hyper.parameters.state()} if parts.hyper is not None else {}
+    return parts.engine.state() | hyper
+
+
+def resume(config: Config, parts: Parts, ranks: Ranks) -> tuple[Progress, torch.Tensor]:
+    """Take up the newest complete checkpoint, or else the one to fork from: progress and this rank's running sums.
+
+    Every rank must call this.
+    """
+    sums = torch.zeros(3, dtype=torch.float64, device=ranks.device)
+    path = checkpoint.newest(config.folder / "checkpoints", ranks)
+    if path is None:
+        return (fork(config, parts, ranks) if config.run.fork else Progress()), sums
+    state = tensors(parts)
+    progress = Progress(**checkpoint.restore(path, state, ranks))
+    parts.engine.restore(state)
+    if parts.hyper is not None:
+        parts.hyper.parameters.restore(state["hyper"])
+    # Bit for bit at the same number of ranks; at another, rank 0 takes all the sums.
+    if len(progress.sums) == ranks.ranks:
+        sums += sums.new_tensor(progress.sums[ranks.rank])
+    elif ranks.main:
+        sums += sums.new_tensor(progress.sums).sum(0)
+    if ranks.main:
+        log.info("resumed at step %d, in epoch %d, from %s", progress.step, progress.epoch + 1, path)
+    return progress, sums
+
+
+def fork(config: Config, parts: Parts, ranks: Ranks) -> Progress:
+    """Take model and optimizer from another run's checkpoint at the end of an epoch; rows start afresh.
+
+    Every rank must call this. AutodoError if there is no such checkpoint, or the runs differ in more than what is
+    learnt.
+    """
+    run, _, step = config.run.fork.rpartition("@")
+    if not run or not step.isdigit():
+        raise AutodoError(f"run.fork = {config.run.fork!r}: not of the form RUN@STEP, e.g. runs/plain@1200")
+    changed = differences(run_folder.read_config(Path(run)), config, FREE_AT_FORK)
+    if changed:
+        raise AutodoError(f"run.fork = {config.run.fork}: other settings there ({'; '.join(changed)}); take them")
+    path = checkpoint.existing(Path(run) / "checkpoints", int(step))
+    state = parts.engine.state()
+    saved = Progress(**checkpoint.restore(path, state, ranks))
+    if saved.pass_ != "hyper" or saved.position:
+        raise AutodoError(f"run.fork = {config.run.fork}: inside an epoch; choose a checkpoint of an epoch's end")
+    parts.engine.restore(state)
+    if ranks.main:
+        log.info("forked from %s, after %d epochs", path, saved.epoch)
+    return Progress(epoch=saved.epoch, step=saved.step)

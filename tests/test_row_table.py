@@ -1,0 +1,131 @@
+"""The sharded table against one dense table and dense RMSprop, on real ranks."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from ranks import RankError, RankPool
+
+from autodo_dist.errors import AutodoError
+from autodo_dist.method.rmsprop import Rmsprop
+from autodo_dist.parallel import comm
+from autodo_dist.parallel.row_table import RowTable, find
+
+RULE = Rmsprop(0.9, 1e-6)
+CPU = torch.device("cpu")
+
+
+def sparse_ids(count: int) -> np.ndarray:
+    """Train ids have gaps: validation and test ids lie between them, and have no row."""
+    return np.arange(count, dtype=np.int64) * 3 + 1
+
+
+def start_values(ids: np.ndarray, width: int) -> torch.Tensor:
+    return torch.from_numpy(np.sin(ids[:, None] * (1.0 + np.arange(width))))
+
+
+def batches(count: int, steps: int, size: int, width: int) -> list[tuple[np.ndarray, torch.Tensor]]:
+    """Global batches of ids, duplicates among them, and their row gradients."""
+    generator = np.random.default_rng(count)
+    ids = sparse_ids(count)
+    return [
+        (generator.choice(ids, size), torch.from_numpy(generator.standard_normal((size, width)))) for _ in range(steps)
+    ]
+
+
+def dense(count: int, steps: int, size: int, width: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """torch.optim.RMSprop over the whole table, zero gradients where a row is not in the batch."""
+    ids = sparse_ids(count)
+    value = torch.nn.Parameter(start_values(ids, width))
+    optimizer = torch.optim.RMSprop([value], alpha=RULE.decay, eps=RULE.eps)
+    for step, (batch, grads) in enumerate(batches(count, steps, size, width), start=1):
+        value.grad = torch.zeros_like(value).index_add_(0, torch.from_numpy(np.searchsorted(ids, batch)), grads)
+        optimizer.param_groups[0]["lr"] = 0.1 / step
+        optimizer.step()
+    return value.detach(), optimizer.state[value]["square_avg"]
+
+
+def sharded(count: int, steps: int, size: int, width: int, save_to: Path | None = None) -> tuple[torch.Tensor, ...]:
+    """The same on this rank's share of each batch; a second fetch by every rank of its own ids."""
+    with comm.process_group(comm.place(), CPU) as ranks:
+        ids = sparse_ids(count)
+        table = RowTable(ids, lambda mine: start_values(mine, width), ranks, RULE)
+        held = len(table.value_nP)
+        for step, (batch, grads) in enumerate(batches(count, steps, size, width), start=1):
+            mine = np.array_split(np.arange(size), ranks.ranks)[ranks.rank]
+            table.apply_grads(torch.from_numpy(batch[mine]), grads[mine], lr=0.1 / step, step=step)
+        wanted = torch.from_numpy(np.random.default_rng(ranks.rank).permutation(np.repeat(ids, 2))[: count + 1])
+        got = table.fetch(wanted)
+        if save_to is not None:
+            dcp.save(table.state(), checkpoint_id=save_to)
+        return wanted, got, table.second_nP.clone(), torch.tensor(held)
+
+
+@pytest.mark.parametrize(("ranks", "count"), [(1, 7), (2, 7), (3, 40), (4, 41), (4, 3)])
+def test_equal_to_a_dense_table(pool: RankPool, ranks: int, count: int) -> None:
+    """Uneven last blocks and more ranks than rows among the cases."""
+    steps, size, width = 60, 10, 5
+    value, second = dense(count, steps, size, width)
+    ids = sparse_ids(count)
+    results = pool.run(ranks, sharded, count, steps, size, width)
+    for wanted, got, _, _ in results:
+        expected = value[np.searchsorted(ids, wanted.numpy())]
+        torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12)
+    # A row's second moment decays only when it is touched again; the last touch brings it up to date.
+    held = [int(rows) for _, _, _, rows in results]
+    assert sum(held) == count
+    assert max(held) <= -(-count // ranks)
+    touched = np.searchsorted(ids, np.unique(batches(count, steps, size, width)[-1][0]))
+    ours = torch.cat([part for _, _, part, _ in results])
+    torch.testing.assert_close(ours[touched], second[touched], rtol=1e-12, atol=1e-12)
+
+
+def load(count: int, width: int, path: Path) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    with comm.process_group(comm.place(), CPU) as ranks:
+        table = RowTable(sparse_ids(count), lambda mine: torch.zeros(len(mine), width).double(), ranks, RULE)
+        state = table.state()
+        dcp.load(state, checkpoint_id=path)
+        table.restore(state)
+        return table.value_nP, table.second_nP, table.touched_n
+
+
+def test_saved_on_four_ranks_loaded_on_any(pool: RankPool, tmp_path: Path) -> None:
+    count, width = 41, 5
+    results = pool.run(4, sharded, count, 20, 10, width, tmp_path / "table")
+    second = torch.cat([part for _, _, part, _ in results])
+    value = dense(count, 20, 10, width)[0]
+    touched = None
+    for ranks in (1, 2, 3):
+        parts = pool.run(ranks, load, count, width, tmp_path / "table")
+        whole = [torch.cat([part[index] for part in parts]) for index in range(3)]
+        torch.testing.assert_close(whole[0], value, rtol=1e-12, atol=1e-12)
+        assert torch.equal(whole[1], second)
+        assert touched is None or torch.equal(whole[2], touched)
+        touched = whole[2]
+
+
+def fetch_stranger() -> None:
+    with comm.process_group(comm.place(), CPU) as ranks:
+        RowTable(sparse_ids(9), lambda mine: start_values(mine, 2), ranks, RULE).fetch(torch.tensor([1, 2]))
+
+
+def test_an_id_without_a_row_is_named(pool: RankPool) -> None:
+    with pytest.raises(RankError, match="id 2 has no row; only the 9 train ids"):
+        pool.run(2, fetch_stranger)
+
+
+@settings(deadline=None)
+@given(st.sets(st.integers(0, 60)), st.lists(st.integers(-3, 66)))
+def test_find(have: set[int], wanted: list[int]) -> None:
+    ids, asked = np.array(sorted(have), np.int64), np.array(wanted, np.int64)
+    if set(wanted) <= have:
+        assert ids[find(ids, asked)].tolist() == wanted
+    else:
+        with pytest.raises(AutodoError, match="has no row"):
+            find(ids, asked)
