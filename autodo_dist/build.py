@@ -1,4 +1,4 @@
-"""From settings to parts. Beside `launcher/`, the only place that sees a whole Config."""
+"""From settings to parts."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ import torch
 
 from autodo_dist.config import Config
 from autodo_dist.data.loader import Loader
-from autodo_dist.data.manifest import Manifest, check_files, read_manifest
-from autodo_dist.data.order import Crop
+from autodo_dist.data.manifest import Manifest, check_files
+from autodo_dist.data.order import Crop, Ids
 from autodo_dist.data.split import Split, make_split
 from autodo_dist.errors import AutodoError
 from autodo_dist.hyperparameters import Hyperparameters, Layout
@@ -67,15 +67,15 @@ class Parts:
     hyper: Hyper | None
 
 
-def build(config: Config, ranks: Ranks) -> Parts:
-    """Check the data set against its manifest and build every part. Every rank must call this.
+def build(config: Config, manifest: Manifest, ranks: Ranks) -> Parts:
+    """Check the data set's files against its manifest and build every part. Every rank must call this.
 
     AutodoError if a file was changed after packing, or the settings do not fit the data or the number of ranks.
     """
-    manifest = read_manifest(config.data.root)
     if ranks.main:
         check_files(manifest)
     split = build_split(config, manifest)
+    check_split(config, manifest, split)
     check_sizes(config, len(split.train), ranks.ranks)
     loaders = build_loaders(config, manifest, split, ranks)
     schedule = functools.partial(
@@ -94,6 +94,26 @@ def build(config: Config, ranks: Ranks) -> Parts:
         loss=config.learn.loss if config.learn.soft_label else "cross_entropy",
         hyper=build_hyper(config, manifest, split, schedule, ranks) if config.learn.anything else None,
     )
+
+
+def check_split(config: Config, manifest: Manifest, split: Split) -> None:
+    """Refuse a split that leaves a class without train pictures or, where something is learnt, without clean ones."""
+    if missing := lacking(manifest, split.train):
+        raise AutodoError(
+            f"data.validation_fraction = {config.data.validation_fraction}: leaves class {missing} without a train "
+            "picture; lower it, or leave out the class"
+        )
+    if config.learn.anything and (missing := lacking(manifest, split.validation)):
+        raise AutodoError(
+            f"validation part: no picture of class {missing}; learning needs clean ones of every class: "
+            "raise data.validation_fraction, or pack a validation part"
+        )
+
+
+def lacking(manifest: Manifest, ids: Ids) -> str:
+    """The first classes of which there is no picture among `ids`; empty if there is none."""
+    counts = np.bincount(manifest.label_N[ids], minlength=len(manifest.classes))
+    return ", ".join(manifest.classes[label] for label in np.flatnonzero(counts == 0)[:5])
 
 
 def check_sizes(config: Config, pictures: int, ranks: int) -> None:
@@ -120,13 +140,6 @@ def build_hyper(
 ) -> Hyper:
     """The tables of the train part's ids and the settings of a hyper step."""
     classes = len(manifest.classes)
-    have = np.bincount(manifest.label_N[split.validation], minlength=classes)
-    if not have.all():
-        lacking = ", ".join(manifest.classes[label] for label in np.flatnonzero(have == 0)[:5])
-        raise AutodoError(
-            f"validation part: no picture of class {lacking}; learning needs clean ones of every class: "
-            "raise data.validation_fraction, or pack a validation part"
-        )
     learn, hyper = config.learn, config.hyper
     layout = Layout(learn.augment, learn.weight, classes if learn.soft_label else 0, learn.smoothing)
     return Hyper(
@@ -191,7 +204,7 @@ def build_loaders(config: Config, manifest: Manifest, split: Split, ranks: Ranks
         mean=data.mean,
         std=data.std,
         device=ranks.device,
-        decode_on_gpu=data.device == "gpu" or (data.device == "auto" and ranks.device.type == "cuda"),
+        decode_on_gpu=decode_on_gpu(data.device, ranks.device),
         threads=data.threads,
     )
     batch = config.train.batch_size
@@ -205,6 +218,13 @@ def build_loaders(config: Config, manifest: Manifest, split: Split, ranks: Ranks
         validation=load(manifest.label_N, split.validation, pass_="evaluation", batch_size=batch),
         test=load(manifest.label_N, split.test, pass_="evaluation", batch_size=batch),
     )
+
+
+def decode_on_gpu(setting: Literal["auto", "cpu", "gpu"], device: torch.device) -> bool:
+    """Whether DALI decodes on the GPU. AutodoError if it should and this rank has none."""
+    if setting == "gpu" and device.type != "cuda":
+        raise AutodoError("data.device = gpu: this rank trains on the CPU; set train.device=cuda, or data.device=auto")
+    return setting != "cpu" and device.type == "cuda"
 
 
 def choose_device(setting: Literal["auto", "cpu", "cuda"], local_rank: int) -> torch.device:

@@ -1,7 +1,8 @@
 """Settings of a run: typed, documented, checked before anything starts.
 
 A yaml file holds what differs from the defaults below; `key=value` words of a command line come on top of it.
-Only `train.build` and `launcher/` see `Config`: every other function takes the values that it uses.
+`build.py`, `train.py`, `run_folder.py`, the commands and `launcher/` see `Config`; every other module takes the values
+that it uses.
 """
 
 from __future__ import annotations
@@ -9,25 +10,45 @@ from __future__ import annotations
 import difflib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 from pydantic.fields import FieldInfo
 
 from autodo_dist.errors import AutodoError
 
-# A run may be resumed with another value of these settings: they change where and how fast it runs, not its numbers.
-FREE_AT_RESUME = ("run.root", "data.root", "data.device", "data.threads", "train.log_every", "checkpoint", "launch")
+# A run may be resumed with another value of these: they say where it runs and what it writes, not what it computes.
+# (Its numbers may still differ in the last bits: a GPU decodes a JPEG a little differently, and BatchNorm sees a rank's
+# part of a batch.)
+FREE_AT_RESUME = ("run", "data.root", "data.device", "data.threads", "train.log_every", "checkpoint", "launch")
 
 # A fork may differ from the run that it starts from in these as well.
-FREE_AT_FORK = (*FREE_AT_RESUME, "run", "learn", "hyper", "train.evaluate_every")
+FREE_AT_FORK = (*FREE_AT_RESUME, "learn", "hyper", "train.evaluate_every")
+
+
+Share = Annotated[float, Field(gt=0, le=1)]
+Positive = Annotated[float, Field(gt=0)]
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, coerce_numbers_to_str=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, coerce_numbers_to_str=True, allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _no_yes_for_a_number(cls, values: Any) -> Any:
+        """Python counts True as 1; `train.epochs: yes` is a slip."""
+        for name, value in values.items() if isinstance(values, dict) else ():
+            field = cls.model_fields.get(name)
+            if (
+                isinstance(value, bool)
+                and field is not None
+                and field.annotation in (int, float, int | None, float | None)
+            ):
+                raise ValueError(f"{name} is a number, not {str(value).lower()}")
+        return values
 
 
 class Run(Section):
@@ -44,14 +65,14 @@ class Data(Section):
         description="training crop. resized: random area and aspect ratio (ImageNet); padded: random shift over a zero "
         "border (CIFAR); whole: the whole picture",
     )
-    crop_area: tuple[float, float] = Field((0.08, 1.0), description="crop=resized: smallest and largest share of area")
+    crop_area: tuple[Share, Share] = Field((0.08, 1.0), description="crop=resized: smallest and largest share of area")
     crop_padding: int = Field(4, ge=0, description="crop=padded: border on each side, pixels of image_size")
     evaluation_crop: float = Field(
         0.875, gt=0, le=1, description="crop=resized: side of the centred evaluation crop, share of the shorter side"
     )
     flip: bool = Field(True, description="mirror half of the training pictures left to right")
     mean: tuple[float, float, float] = Field((0.485, 0.456, 0.406), description="subtracted from RGB in 0..1")
-    std: tuple[float, float, float] = Field((0.229, 0.224, 0.225), description="RGB is divided by it")
+    std: tuple[Positive, Positive, Positive] = Field((0.229, 0.224, 0.225), description="RGB is divided by it")
     validation_fraction: float | None = Field(
         None,
         ge=0,
@@ -66,6 +87,13 @@ class Data(Section):
     split_seed: int = Field(0, ge=0, lt=2**63, description="seed of the split and of its distortion")
     device: Literal["auto", "cpu", "gpu"] = Field("auto", description="where DALI decodes; auto: as train.device")
     threads: int = Field(2, ge=1, description="DALI's decoding threads per rank")
+
+    @field_validator("crop_area")
+    @classmethod
+    def _ordered(cls, area: tuple[float, float]) -> tuple[float, float]:
+        if area[0] > area[1]:
+            raise ValueError("the smallest share comes first")
+        return area
 
 
 class Model(Section):
@@ -164,12 +192,13 @@ def load_config(file: Path, overrides: Sequence[str] = ()) -> Config:
     if not file.is_file():
         raise AutodoError(f"config {file}: no such file; see configs/ for examples")
     for word in overrides:
+        if word.endswith("=???"):
+            raise AutodoError(f"override {word!r}: ??? is no value")
         if "=" not in word or word.startswith("-"):
             raise AutodoError(f"override {word!r}: not of the form key=value, e.g. train.epochs=3")
     try:
-        tree = OmegaConf.to_container(
-            OmegaConf.merge(OmegaConf.load(file), OmegaConf.from_dotlist(list(overrides))), resolve=True
-        )
+        both = OmegaConf.merge(OmegaConf.load(file), OmegaConf.from_dotlist(list(overrides)))
+        tree = OmegaConf.to_container(both, resolve=True, throw_on_missing=True)
     except (OmegaConfBaseException, yaml.YAMLError, ValueError, TypeError) as error:
         raise AutodoError(f"config {file}: {_one_line(error)}; mend the yaml or the override") from error
     config = check_config(tree, str(file))

@@ -10,12 +10,10 @@ import io
 import json
 import os
 import platform
-import random
 import re
 import resource
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -31,7 +29,9 @@ from typing import IO, Any, Literal
 
 import psutil
 
-PORTS = range(10000, 20000)  # where ranks meet: below the ports that Linux hands to outgoing connections
+from autodo_dist.errors import AutodoError
+from autodo_dist.ports import PORTS, free_port
+
 PACKAGES = ("torch", "torchvision", "nvidia-dali-cuda130", "deepspeed", "submitit", "webdataset")
 REQUIREMENTS = Path(__file__).resolve().parents[1] / "requirements.txt"  # there in an editable install only
 GIB = 2**30
@@ -233,9 +233,10 @@ def check_compiler() -> Finding:
 def check_sum(backend: Literal["gloo", "nccl"], ranks: int) -> Finding:
     """Sum over real processes of this machine; `nccl` takes one GPU for each."""
     subject, limit = f"{backend} sum", 60 if backend == "gloo" else 120
-    port = free_port(PORTS)
-    if port is None:
-        return Finding(subject, "error", "no free port to meet at", "see ports")
+    try:
+        port = free_port()
+    except AutodoError as error:
+        return Finding(subject, "error", str(error))
     begin = time.monotonic()
     call = "from autodo_dist import doctor; doctor.try_sum({!r}, {}, {}, {}, {})"
     answer = run([_command(call.format(backend, rank, ranks, port, limit), limit) for rank in range(ranks)], limit)
@@ -271,20 +272,13 @@ def try_sum(backend: str, rank: int, ranks: int, port: int, seconds: float) -> N
         raise ValueError(f"{wrong:.0f} of 1000 sums are wrong")
 
 
-def free_port(ports: Sequence[int]) -> int | None:
-    """A port that can be bound now, drawn at random so that two runs seldom draw the same; None if all are taken."""
-    for port in random.sample(ports, len(ports)):
-        with socket.socket() as listener, suppress(OSError):
-            listener.bind(("", port))
-            return port
-    return None
-
-
 def check_ports(ports: range = PORTS, outgoing: Path = Path("/proc/sys/net/ipv4/ip_local_port_range")) -> Finding:
     """Whether ranks find a port to meet at that no outgoing connection is likely to take first."""
     span = f"{ports[0]}..{ports[-1]}"
-    if free_port(ports) is None:
-        return Finding("ports", "error", f"no port of {span} can be bound", "see who holds them: ss -tlnp")
+    try:
+        free_port(ports)
+    except AutodoError as error:
+        return Finding("ports", "error", *str(error).split("; ", 1))
     if outgoing.is_file():
         low, high = (int(word) for word in outgoing.read_text().split())
         if low <= ports[-1] and ports[0] <= high:

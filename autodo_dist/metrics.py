@@ -34,7 +34,7 @@ class MetricsFile:
 
     def write(self, row: dict[str, Any]) -> None:
         """Append a line."""
-        self._file.write(json.dumps(row) + "\n")
+        self._file.write(json.dumps(row, allow_nan=False) + "\n")
         self.lines += 1
 
     def close(self) -> None:
@@ -72,7 +72,10 @@ class Clock:
 
 
 class Interval:
-    """The steps between two lines of metrics: their number, their time, and the share of it spent on data."""
+    """The steps between two lines of metrics: their number, their time, and the share of it spent on data.
+
+    Saves and evaluations in between do not count.
+    """
 
     def __init__(self, clock: Clock) -> None:
         self._clock = clock
@@ -81,18 +84,22 @@ class Interval:
     def restart(self) -> None:
         """Begin anew, now."""
         self.steps = 0
-        self._start, self._data = time.perf_counter(), self._clock.seconds.get("data", 0.0)
+        self._waited, self._worked = self._read()
 
     def read(self) -> tuple[float, float]:
-        """Seconds so far, and the share of them spent waiting for data."""
-        seconds = time.perf_counter() - self._start
-        return seconds, (self._clock.seconds.get("data", 0.0) - self._data) / seconds
+        """Seconds of the steps so far, and the share of them spent waiting for data."""
+        waited, worked = self._read()
+        waited, worked = waited - self._waited, worked - self._worked
+        return waited + worked, waited / (waited + worked)
+
+    def _read(self) -> tuple[float, float]:
+        seconds = self._clock.seconds
+        return seconds.get("data", 0.0), seconds.get("task", 0.0) + seconds.get("hyper", 0.0)
 
 
 @contextmanager
 def console(log_file: Path, main: bool) -> Iterator[Console | None]:
     """Log to a file on every rank, and on rank 0 to standard output; gives the terminal, where rank 0 has one."""
-    log_file.parent.mkdir(parents=True, exist_ok=True)
     file = logging.FileHandler(log_file)
     file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     handlers: list[logging.Handler] = [file]

@@ -18,6 +18,7 @@ import os
 import platform
 import socket
 import subprocess
+import tempfile
 import time
 from pathlib import Path
 
@@ -54,6 +55,16 @@ def check_same_data(folder: Path, root: Path, data_checksum: str) -> None:
             f"run {folder}: was made with another packed data set than {root} (checksum of its manifest); "
             "set data.root to that one, or choose another run.name"
         )
+
+
+def make(folder: Path) -> None:
+    """Make the run's folder. AutodoError if it cannot be written to."""
+    try:
+        (folder / "logs").mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise AutodoError(f"run folder {folder}: cannot be written to ({error.strerror}); set run.root") from error
 
 
 def finished(folder: Path) -> bool:

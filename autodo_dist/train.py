@@ -8,6 +8,7 @@ import time
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import psutil
 import torch
 
 from autodo_dist import run_folder
@@ -15,6 +16,7 @@ from autodo_dist.build import Hyper, Parts, build, choose_device
 from autodo_dist.config import Config
 from autodo_dist.data.loader import endless
 from autodo_dist.data.manifest import read_manifest
+from autodo_dist.errors import AutodoError
 from autodo_dist.evaluate import evaluate
 from autodo_dist.files import write_json
 from autodo_dist.metrics import Clock, Interval, MetricsFile, ProgressBar, console, peak_memory
@@ -49,23 +51,24 @@ def train(config: Config) -> None:
 
     A finished run says so and changes nothing. AutodoError for whatever the user can mend.
     """
-    started = time.perf_counter()
-    run_folder.check_same_run(config, read_manifest(config.data.root).checksum)
+    manifest = read_manifest(config.data.root)
+    run_folder.check_same_run(config, manifest.checksum)
     place = comm.place()
     if run_folder.finished(config.folder):
         if place.rank == 0:
             print(f"run {config.folder} is finished, see its summary.json; another run.name starts another run")
         return
     torch.set_num_threads(config.train.threads)
+    run_folder.make(config.folder)
     with (
         comm.process_group(place, choose_device(config.train.device, place.local_rank)) as ranks,
         console(config.folder / "logs" / f"rank-{place.rank:05d}.log", ranks.main) as screen,
     ):
-        parts = build(config, ranks)
+        parts = build(config, manifest, ranks)
         progress, sums = resume(config, parts, ranks)
-        run_folder.describe(config, parts.manifest.checksum, ranks.gather(run_folder.host()), ranks.main)
+        run_folder.describe(config, manifest.checksum, ranks.gather(run_folder.host()), ranks.main)
         clock = Clock(progress.seconds)
-        clock.add("start", time.perf_counter() - started)
+        clock.add("start", time.time() - psutil.Process().create_time())
         metrics = MetricsFile(config.folder / "metrics.jsonl", progress.lines) if ranks.main else None
         with ProgressBar(screen, total_steps(config, parts), progress.step) as bar:
             loop(Run(config, ranks, parts, progress, sums, clock, metrics, bar))
@@ -160,6 +163,8 @@ def write_line(run: Run, interval: Interval, last: bool) -> None:
     """Add a line of metrics about the steps since the last one; `last` in its pass. Every rank must call this."""
     progress, parts = run.progress, run.parts
     one, two, count = run.ranks.sum(run.sums).tolist()
+    if not math.isfinite(one):
+        raise AutodoError(f"step {progress.step}: the loss is {one}; lower optim.lr, and delete the run folder")
     run.sums.zero_()
     seconds, wait = interval.read()
     waits, memories = zip(*run.ranks.gather((wait, peak_memory(run.ranks.device))), strict=True)

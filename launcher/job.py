@@ -51,11 +51,13 @@ class Job:
             from autodo_dist.train import train  # here, as it imports torch, and so that its failure is recorded too
 
             train(config)
-        except Exception as error:
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as error:  # torch.distributed.checkpoint's CheckpointException is no Exception
             fail(error, config.folder)
 
 
-def fail(error: Exception, folder: Path) -> NoReturn:
+def fail(error: BaseException, folder: Path) -> NoReturn:
     """Say why on stderr (AutodoError: one line; else the traceback), record it below the run's folder, exit with 1.
 
     The process leaves at once, without the interpreter's clean-up: that may wait for peers which wait for this rank.

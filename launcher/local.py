@@ -9,19 +9,16 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
-import random
 import signal
-import socket
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from autodo_dist.errors import AutodoError
+from autodo_dist.ports import free_port
 from launcher.job import clear_failures, read_failures
 
-PORTS = range(10_000, 20_000)  # below the range from which the kernel takes ports for outgoing connections
 _POLL_S = 0.05
 _GRACE_S = 2.0  # from SIGTERM to SIGKILL, and then until a process that the kernel does not let go is left alone
 _PR_SET_PDEATHSIG = 1
@@ -65,19 +62,6 @@ def launch(command: Sequence[str], folder: Path, nodes: int, ranks_per_node: int
     if cause := _cause(first, codes, folder):
         print(f"error: {cause}", file=sys.stderr)
     return 1
-
-
-def free_port(ports: Sequence[int] = PORTS) -> int:
-    """A port on which nobody listens; the search starts at a random one, as other launchers search too.
-
-    AutodoError if there is none.
-    """
-    start = random.randrange(len(ports))
-    for port in (*ports[start:], *ports[:start]):
-        with socket.socket() as probe, contextlib.suppress(OSError):
-            probe.bind(("", port))
-            return port
-    raise AutodoError(f"ports {ports[0]} to {ports[-1]}: none is free on this machine; end the programs that hold them")
 
 
 def _shared_environment(nodes: int, ranks: int, port: int) -> dict[str, str]:

@@ -12,10 +12,17 @@ ROOT = Path(__file__).parent.parent
 ALLOWED = {
     "autodo_dist.errors": (),
     "autodo_dist.files": ("autodo_dist.errors",),
+    "autodo_dist.ports": ("autodo_dist.errors",),
     "autodo_dist.config": ("autodo_dist.errors",),
     "autodo_dist.data": ("autodo_dist.errors", "autodo_dist.files", "autodo_dist.data"),
     "autodo_dist.method": ("autodo_dist.errors", "autodo_dist.method"),
-    "autodo_dist.parallel": ("autodo_dist.errors", "autodo_dist.files", "autodo_dist.method", "autodo_dist.parallel"),
+    "autodo_dist.parallel": (
+        "autodo_dist.errors",
+        "autodo_dist.files",
+        "autodo_dist.ports",
+        "autodo_dist.method",
+        "autodo_dist.parallel",
+    ),
     "autodo_dist.models": ("autodo_dist.errors",),
     "autodo_dist.metrics": (),
     "autodo_dist": ("autodo_dist",),

@@ -38,7 +38,7 @@ def pass_states(tree: dict[str, Any], steps: int) -> dict[str, torch.Tensor]:
     config = check_config(tree, "test")
     torch.set_num_threads(1)
     with comm.process_group(comm.place(), torch.device("cpu")) as ranks:
-        parts = build(config, ranks)
+        parts = build(config, read_manifest(config.data.root), ranks)
         assert parts.hyper is not None
         facts = []
         batches = zip(parts.loaders.hyper.batches(0), parts.loaders.hyper_validation.batches(0), strict=False)
@@ -137,8 +137,8 @@ def test_start_values_train_as_smoothed_labels_do(digits: Path, tmp_path: Path) 
     """Weight 1 and q = (1 − α)y + α/C: cross entropy with label smoothing has the same gradient as KL(q‖p)."""
     tree = learning(digits, tmp_path, learn__augment="none", learn__loss="kl", train__precision="fp64")
     with comm.process_group(comm.Place(), torch.device("cpu")) as ranks:
-        parts = build(check_config(tree, "test"), ranks)
-        other = build(check_config(tree | {"learn": {}}, "test"), ranks)
+        parts = build(check_config(tree, "test"), read_manifest(Path(tree["data"]["root"])), ranks)
+        other = build(check_config(tree | {"learn": {}}, "test"), read_manifest(digits), ranks)
         batch = next(parts.loaders.task.batches(0))
         task_step(parts, batch, 0, ranks)
         logits = other.engine.forward(batch.images_BCHW.double())
@@ -151,7 +151,7 @@ def test_start_values_train_as_smoothed_labels_do(digits: Path, tmp_path: Path) 
 def apply_bad(tree: dict[str, Any], bad: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Give rank 0 some rows with NaN gradients; the rows of its batch before and after."""
     with comm.process_group(comm.place(), torch.device("cpu")) as ranks:
-        parts = build(check_config(tree, "test"), ranks)
+        parts = build(check_config(tree, "test"), read_manifest(Path(tree["data"]["root"])), ranks)
         assert parts.hyper is not None
         batch = next(parts.loaders.hyper.batches(0))
         weight = torch.ones(len(batch))

@@ -19,6 +19,7 @@ from autodo_dist import doctor
 from autodo_dist.commands.doctor import doctor as command
 from autodo_dist.commands.doctor import exit_status
 from autodo_dist.doctor import Finding
+from autodo_dist.ports import free_port
 
 
 @pytest.fixture
@@ -245,9 +246,9 @@ def test_ports_all_bound_or_one_free() -> None:
     try:
         start = free_block(3, held)
         found = doctor.check_ports(range(start, start + 3))
-        assert (found.status, found.what) == ("error", f"no port of {start}..{start + 2} can be bound")
+        assert (found.status, found.what) == ("error", f"ports {start} to {start + 2}: none can be bound")
         held.pop(1).close()
-        assert doctor.free_port(range(start, start + 3)) == start + 1
+        assert free_port(range(start, start + 3)) == start + 1
     finally:
         for listener in held:
             listener.close()

@@ -282,7 +282,7 @@ def test_the_backward_is_activation_only() -> None:
     assert not encoder(setting.images).requires_grad
     ours, theirs = (setting.images.clone().requires_grad_() for _ in range(2))
     out = encoder(ours)
-    assert leaves(out.grad_fn) == {id(ours)}
+    assert ends(out.grad_fn) == {id(ours)}
     out.square().sum().backward()
     setting.encoder(theirs).square().sum().backward()
     torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-13, atol=0)
@@ -306,13 +306,14 @@ def test_a_graph_is_kept_for_learnt_augmentation_alone(augment: Augment) -> None
         loss="kl", solve=IDENTITY, batch_size=SAMPLES, all_sum=solvers.identity_sum,
     )  # fmt: skip
     assert recorded == [False, augment != "none"]
+    assert all(parameter.grad is None for parameter in setting.encoder.parameters())  # though it was not frozen
 
 
-def leaves(node: Any) -> set[int]:
+def ends(node: Any) -> set[int]:
     """The tensors at which a graph ends."""
     if hasattr(node, "variable"):
         return {id(node.variable)}
-    return set().union(*(leaves(following) for following, _ in node.next_functions if following is not None))
+    return set().union(*(ends(following) for following, _ in node.next_functions if following is not None))
 
 
 def test_a_frozen_encoder_follows_the_weights() -> None:

@@ -17,8 +17,8 @@ import pytest
 import yaml
 
 from autodo_dist.errors import AutodoError
+from autodo_dist.ports import PORTS, free_port
 from launcher import slurm
-from launcher.local import PORTS, free_port
 
 SUBMIT = Path(__file__).parents[1] / "launcher" / "submit.py"
 ALL_GONE_S = 5.0  # the requirement: from a rank's failure to the end of all others
@@ -265,7 +265,7 @@ def test_free_port_skips_taken_ones_and_says_when_there_is_none():
             taken.listen()
         ports = [first.getsockname()[1], second.getsockname()[1]]
         assert free_port([*ports, free]) == free
-        with pytest.raises(AutodoError, match="none is free"):
+        with pytest.raises(AutodoError, match="none can be bound"):
             free_port(ports)
 
 

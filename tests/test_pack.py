@@ -292,7 +292,7 @@ def test_height_and_width_are_those_that_dali_decodes(tmp_path: Path) -> None:
 
 
 def spoil(src: Path) -> dict[str, str]:
-    """Add seven files that cannot be trained on: key -> a piece of what must be said of it."""
+    """Add nine files that cannot be trained on: key -> a piece of what must be said of it."""
     cat = src / "train" / "cat"
     whole = picture(cat / "truncated.jpg", size=(60, 60)).read_bytes()
     (cat / "truncated.jpg").write_bytes(whole[: len(whole) // 2])
@@ -301,6 +301,8 @@ def spoil(src: Path) -> dict[str, str]:
     (cat / "notes.txt").write_text("no picture")
     picture(cat / "gif.jpg", format="GIF")  # PIL reads it, DALI does not
     Image.new("1", (5, 5)).save(cat / "bits.tif")
+    Image.new("LA", (5, 5)).save(cat / "grey.tif")
+    (cat / "cut.png").write_bytes(picture(cat / "cut.png").read_bytes()[:-12])  # its end is missing; PIL reads it
     os.symlink(cat / "nowhere", cat / "dangling.png")
     pieces = {
         "truncated.jpg": "runcated",
@@ -308,7 +310,9 @@ def spoil(src: Path) -> dict[str, str]:
         "text.jpg": "not a JPEG",
         "notes.txt": "not a known picture extension",
         "gif.jpg": "not a JPEG",
-        "bits.tif": "DALI decodes no TIFF of mode 1",
+        "bits.tif": "DALI does not decode it",
+        "cut.png": "DALI does not decode it",
+        "grey.tif": "to wrong colours",
         "dangling.png": "No such file",
     }
     return {f"train/cat/{name}": piece for name, piece in pieces.items()}
@@ -317,7 +321,7 @@ def spoil(src: Path) -> dict[str, str]:
 def test_unreadable_pictures_stop_the_pack_and_are_listed(tmp_path: Path) -> None:
     src = tree(tmp_path / "src")
     expected = spoil(src)
-    with pytest.raises(AutodoError, match=r"7 unreadable: train/cat/.* and 4 more; .*--skip-unreadable") as caught:
+    with pytest.raises(AutodoError, match=r"9 unreadable: train/cat/.* and 6 more; .*--skip-unreadable") as caught:
         invoke("folder", src, tmp_path / "out")
     assert "\n" not in str(caught.value)
     listed = dict(line.split(": ", 1) for line in (tmp_path / "out" / "unreadable.txt").read_text().splitlines())
@@ -334,8 +338,8 @@ def test_skipped_pictures_leave_no_gap_and_are_counted(tmp_path: Path) -> None:
         invoke("folder", src, tmp_path / "out")
     printed = invoke("folder", src, tmp_path / "out", "--skip-unreadable", "--test-fraction", 0)
     manifest = read_manifest(tmp_path / "out")
-    assert "left out: 7 unreadable" in printed
-    assert json.loads((tmp_path / "out" / "manifest.json").read_text())["source"]["unreadable"] == 7
+    assert "left out: 9 unreadable" in printed
+    assert json.loads((tmp_path / "out" / "manifest.json").read_text())["source"]["unreadable"] == 9
     assert len(manifest) == 30
     assert not expected.keys() & set(manifest.keys.to_pylist())
     tars = [str(tmp_path / "out" / shard.name) for shard in manifest.shards]

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import resource
 import shutil
+import signal
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +16,7 @@ import yaml
 from ranks import RankError, RankPool
 from torch.distributed.checkpoint.state_dict_loader import _load_state_dict_from_keys
 
+from autodo_dist.commands.evaluate import evaluate, evaluate_checkpoint
 from autodo_dist.config import Config, check_config
 from autodo_dist.errors import AutodoError
 from autodo_dist.parallel import checkpoint
@@ -86,7 +90,7 @@ def cut_back(folder: Path, step: int) -> None:
     """Leave what a run killed right after the save of `step` would have left, and newer lines of metrics."""
     (folder / "summary.json").unlink()
     for path in checkpoint.complete(folder / "checkpoints"):
-        if int(path.name[5:]) > step:
+        if checkpoint.step_of(path) > step:
             shutil.rmtree(path)
 
 
@@ -205,7 +209,7 @@ def test_a_broken_newest_checkpoint_is_passed_over(run: dict[str, Any], damage: 
     run_train(run)
     log = (folder / "logs" / "rank-00000.log").read_text()
     assert f"{newest}: " in log
-    assert "the one before is used" in log
+    assert newest.with_suffix(".broken").is_dir()
     assert "resumed at step 10" in log
     assert_equal_states(weights(folder, 12), expected)
 
@@ -224,7 +228,7 @@ def test_old_checkpoints_are_pruned_but_not_the_best(digits: Path, tmp_path: Pat
     best = max(
         (row for row in lines(folder) if row["kind"] == "evaluation"), key=lambda row: row["validation_accuracy"]
     )
-    kept = {int(path.name[5:]) for path in checkpoint.complete(folder / "checkpoints")}
+    kept = {checkpoint.step_of(path) for path in checkpoint.complete(folder / "checkpoints")}
     assert kept == {best["step"], 24}
     summary = json.loads((folder / "summary.json").read_text())
     assert summary["selected_epoch"] == best["epoch"]
@@ -238,6 +242,9 @@ def test_old_checkpoints_are_pruned_but_not_the_best(digits: Path, tmp_path: Pat
         ({"optim__warmup_epochs": 2}, "not below train.epochs = 2"),
         ({"model__name": "resnet7"}, "model.name = 'resnet7' is unknown"),
         ({"data__root": "/nowhere"}, "no such folder"),
+        ({"data__validation_fraction": 0.999}, "leaves class 0, 1, 2, 3, 4 without a train picture"),
+        ({"data__device": "gpu"}, "this rank trains on the CPU"),
+        ({"run__root": "/proc/runs"}, "cannot be written to"),
     ],
 )
 def test_settings_that_do_not_fit_are_refused(
@@ -263,3 +270,73 @@ def test_a_run_without_validation_pictures(digits: Path, tmp_path: Path) -> None
 def test_config_round_trip(digits: Path, tmp_path: Path) -> None:
     config: Config = check_config(settings(digits, tmp_path), "test")
     assert check_config(yaml.safe_load(config.to_yaml()), "again") == config
+
+
+def test_a_full_disk_while_saving_is_one_line_and_loses_nothing(
+    run: dict[str, Any],
+) -> None:
+    """The limit on file sizes makes the kernel refuse the write, as a full disk does."""
+    folder = folder_of(run)
+    expected = weights(folder, 12)
+    cut_back(folder, 5)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, hard))
+    try:
+        with pytest.raises(AutodoError, match=r"step-00000006: cannot be written \(.*\); free space"):
+            run_train(run)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        signal.signal(signal.SIGXFSZ, handler)
+    torch.distributed.destroy_process_group()
+    assert [checkpoint.step_of(path) for path in checkpoint.complete(folder / "checkpoints")] == [5]
+    run_train(run)
+    assert_equal_states(weights(folder, 12), expected)
+
+
+def test_broken_checkpoints_do_not_push_out_good_ones(digits: Path, tmp_path: Path) -> None:
+    """Two newest broken, two kept: what is saved next must stay."""
+    tree = settings(digits, tmp_path, checkpoint__keep=2)
+    folder = run_train(tree | {"checkpoint": {"every_steps": 5, "keep": 99}})
+    (folder / "summary.json").unlink()
+    for path in checkpoint.complete(folder / "checkpoints")[-2:]:
+        (path / ".metadata").unlink()
+    run_train(tree)
+    kept = [checkpoint.step_of(path) for path in checkpoint.complete(folder / "checkpoints")]
+    assert kept[-1] == 12
+    assert all(checkpoint.check(path) is None for path in checkpoint.complete(folder / "checkpoints"))
+
+
+def test_a_copy_beside_the_checkpoints_is_left_alone(run: dict[str, Any]) -> None:
+    folder = folder_of(run)
+    newest = checkpoint.complete(folder / "checkpoints")[-1]
+    copy = Path(shutil.copytree(newest, newest.with_name(newest.name + ".bak")))
+    assert checkpoint.complete(folder / "checkpoints")[-1] == newest
+    (folder / "summary.json").unlink()
+    run_train(run)
+    assert copy.is_dir()
+
+
+def test_a_diverged_run_stops(digits: Path, tmp_path: Path) -> None:
+    with pytest.raises(AutodoError, match=r"the loss is nan; lower optim\.lr"):
+        run_train(settings(digits, tmp_path, optim__lr=1e30, train__log_every=1))
+
+
+def test_evaluate_says_that_there_is_no_test_part(tmp_path: Path) -> None:
+    root = tmp_path / "packed"
+    invoke = ["autodo", "pack", "digits", str(root), "--test-fraction", "0"]
+    subprocess.run(invoke, check=True, capture_output=True)
+    folder = run_train(settings(root, tmp_path))
+    assert json.loads((folder / "summary.json").read_text())["test_accuracy_final"] is None
+    with pytest.raises(AutodoError, match="no test part"):
+        evaluate(folder, None, None)
+
+
+def test_evaluate_checks_the_data_and_takes_its_new_place(run: dict[str, Any], digits: Path, tmp_path: Path) -> None:
+    moved = Path(shutil.copytree(digits, tmp_path / "moved"))
+    expected = json.loads((folder_of(run) / "summary.json").read_text())["test_accuracy_final"]
+    assert evaluate_checkpoint(folder_of(run), None, moved)["accuracy"] == expected
+    with (moved / "test-00000.tar").open("ab") as tar:
+        tar.write(bytes(512))
+    with pytest.raises(AutodoError, match=r"test-00000\.tar: \d+ bytes, \d+ were packed"):
+        evaluate_checkpoint(folder_of(run), None, moved)

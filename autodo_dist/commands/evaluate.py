@@ -7,34 +7,39 @@ from typing import Annotated, Any
 
 import typer
 
+from autodo_dist.errors import AutodoError
+
 
 def evaluate(
     run: Annotated[Path, typer.Argument(help="run folder, e.g. runs/digits")],
     step: Annotated[int | None, typer.Option(help="the checkpoint of this step; by default the newest")] = None,
+    data: Annotated[Path | None, typer.Option(help="the packed data set, where it lies elsewhere by now")] = None,
 ) -> None:
     """Evaluate a checkpoint on the test part, every picture once."""
-    found = evaluate_checkpoint(run, step)
+    found = evaluate_checkpoint(run, step, data)
+    if found["accuracy"] is None:
+        raise AutodoError(f"run {run}: its data set has no test part; pack one with test pictures")
     typer.echo(f"step {found['step']}: test accuracy {found['accuracy']:.6f}, test loss {found['loss']:.6f} nats")
     for name, accuracy in found["accuracy_per_class"].items():
         typer.echo(f"  {name}: " + ("no pictures" if accuracy is None else f"{accuracy:.4f}"))
 
 
-def evaluate_checkpoint(run: Path, step: int | None) -> dict[str, Any]:
+def evaluate_checkpoint(run: Path, step: int | None, data: Path | None) -> dict[str, Any]:
     """What `evaluate.evaluate` finds on the test part with the weights of a checkpoint, and its step."""
     from autodo_dist import build, run_folder
-    from autodo_dist.data.manifest import read_manifest
-    from autodo_dist.errors import AutodoError
+    from autodo_dist.data.manifest import check_files, read_manifest
     from autodo_dist.evaluate import evaluate
     from autodo_dist.parallel import checkpoint, comm
 
     config = run_folder.read_config(run)
-    root = run / "checkpoints"
+    manifest = read_manifest(data or config.data.root)
+    run_folder.check_same_data(run, manifest.root, manifest.checksum)
+    check_files(manifest)
     with comm.process_group(comm.Place(), build.choose_device(config.train.device, 0)) as ranks:
+        root = run / "checkpoints"
         path = checkpoint.newest(root, ranks) if step is None else checkpoint.existing(root, step)
         if path is None:
             raise AutodoError(f"run {run}: has no checkpoint yet")
-        manifest = read_manifest(config.data.root)
-        run_folder.check_same_data(run, config.data.root, manifest.checksum)
         model = build.build_classifier(config, len(manifest.classes), ranks.device)
         engine = build.build_engine(config, model, ranks)
         state = engine.state()

@@ -3,10 +3,11 @@
     manifest + order -> bytes read ahead by threads -> DALI (decode, window, resize, mirror, normalise) -> Batch
 
 DALI's own readers shuffle and shard by themselves, which cannot give exact epochs or the same global batches on another
-number of ranks. So encoded pictures come in through `external_source`, with their windows and ids beside them: the id
-of a picture goes through the pipeline with it, and a loader that starts at any position gives what it would have given.
+number of ranks. So encoded pictures come in from outside, with their windows, ids and draws beside them: the id of a
+picture goes through the pipeline with it, and a loader that starts at any position gives what it would have given. The
+pipeline runs in a thread of its own, a few batches ahead.
 
-Shapes: B pictures of this rank's part of a global batch, C = 3 colours, H = W = image_size.
+Shapes: B pictures of this rank's part of a global batch, C = 3 colours, H = W = image_size, D draws.
 """
 
 from __future__ import annotations
@@ -14,12 +15,12 @@ from __future__ import annotations
 import functools
 import os
 from collections import deque
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -27,15 +28,17 @@ import torch
 from nvidia.dali import fn, pipeline_def, types
 
 from autodo_dist.data import order
+from autodo_dist.data.decode import SYNCHRONOUS, Decoder, reason
 from autodo_dist.data.manifest import Manifest
 from autodo_dist.data.order import Crop, Ids, Pass
 from autodo_dist.errors import AutodoError
 
-# A list of encoded pictures, then arrays: window origins (top, left) and sizes (height, width), flips, ids, draws.
-Feed = tuple[Any, ...]
+S = TypeVar("S")
+T = TypeVar("T")
+Feed = dict[str, Any]  # what the pipeline is fed: `encoded`, a list of arrays of bytes, and arrays a row a picture
 
-READERS = 4  # threads that read tars, each a whole local batch
-READ_AHEAD = 6  # local batches being read or waiting
+READERS, READ_AHEAD = 4, 6  # threads that read tars, each a whole local batch; batches read before they are asked for
+DECODED_AHEAD = 2  # batches decoded before they are asked for
 
 
 @dataclass(frozen=True)
@@ -87,10 +90,8 @@ class Loader:
         self.draws = draws
         self.steps = order.steps_per_pass(len(ids), batch_size, drop_last=self.shuffled)
         self._label_N = torch.from_numpy(label_N.astype(np.int64))
-        self._feed = _nothing()
         self._build = functools.partial(
             pipeline_def(_graph),
-            lambda: next(self._feed),
             crop,
             mean,
             std,
@@ -98,7 +99,7 @@ class Loader:
             batch_size=-(-batch_size // ranks),
             num_threads=threads,
             device_id=device.index if decode_on_gpu else None,
-            prefetch_queue_depth=2,
+            **SYNCHRONOUS,
         )
 
     @functools.cached_property
@@ -108,58 +109,51 @@ class Loader:
         pipeline.build()
         return pipeline
 
-    def batches(self, epoch: int, start: int = 0) -> Iterator[Batch]:
+    def batches(self, epoch: int, start: int = 0) -> Generator[Batch, None, None]:
         """This rank's batches of one epoch from step `start` on."""
         ids = order.shuffled(self.ids, self.seed, epoch, self.pass_) if self.shuffled else self.ids
-        parts = [
-            order.local_ids(ids, self.batch_size, step, self.rank, self.ranks) for step in range(start, self.steps)
-        ]
-        self._feed = _read_ahead(lambda part: self._read(part, epoch), [part for part in parts if len(part)])
-        try:
-            for part in parts:
-                yield self._run(part)
-        finally:
-            self._stop()
+        steps = range(start, self.steps)
+        parts = (order.local_ids(ids, self.batch_size, step, self.rank, self.ranks) for step in steps)
+        feeds = ahead(functools.partial(self._read, epoch=epoch), parts, READERS, READ_AHEAD)
+        return ahead(self._run, feeds, 1, DECODED_AHEAD)
 
-    def _run(self, part: Ids) -> Batch:
-        if not len(part):
-            size = self.crop.image_size
-            empty = torch.empty(0, dtype=torch.int64, device=self.device)
-            images, draws = torch.empty(0, 3, size, size, device=self.device), torch.empty(0, self.draws)
-            return Batch(images, empty, empty, draws.to(self.device))
-        try:
+    def _run(self, feed: Feed) -> Batch:
+        if not feed["encoded"]:
+            shape = (0, 3, self.crop.image_size, self.crop.image_size)
+            images, ids, draws = torch.empty(shape), torch.empty(0, dtype=torch.int64), torch.empty(0, self.draws)
+        else:
+            try:
+                outputs = self._pipeline.run(**feed)
+            except RuntimeError as error:
+                raise self._name_broken(feed, error) from error
             # Outputs live in DALI's own buffers until its next run.
-            images, ids, draws = (torch.from_dlpack(output.as_tensor()).clone() for output in self._pipeline.run())
-        except RuntimeError as error:
-            keys = self.manifest.keys.take(part).to_pylist()
-            raise AutodoError(
-                f"data {self.manifest.root}: a picture among {keys[0]} … {keys[-1]} cannot be decoded "
-                f"({str(error).splitlines()[0]}); `autodo pack --verify {self.manifest.root}` checks the files"
-            ) from error
-        parts = images, self._label_N[ids], ids, draws
-        return Batch(*(part.to(self.device) for part in parts))
+            images, ids, draws = (torch.from_dlpack(output.as_tensor()).clone() for output in outputs)
+        return Batch(*(part.to(self.device) for part in (images, self._label_N[ids], ids, draws)))
 
-    def _stop(self) -> None:
-        """Let the pipeline run dry, so that the next pass starts with nothing of this one in it."""
-        self._feed.close()
-        self._feed = _nothing()
-        try:
-            while True:
-                self._pipeline.run()
-        except StopIteration:
-            self._pipeline.reset()
+    def _name_broken(self, feed: Feed, error: Exception) -> AutodoError:
+        """DALI does not say which picture of a batch it could not decode, so each is tried alone."""
+        decoder = Decoder()
+        for id_, encoded in zip(feed["ids"].tolist(), feed["encoded"], strict=True):
+            try:
+                decoder.shape(encoded.tobytes())
+            except AutodoError as why:
+                return AutodoError(
+                    f"data {self.manifest.root}: picture {self.manifest.keys[id_]} (id {id_}) does not decode ({why}); "
+                    "mend or remove it in the source and pack again"
+                )
+        return AutodoError(f"data {self.manifest.root}: DALI failed on pictures that decode alone: {reason(error)}")
 
     def _read(self, part: Ids, epoch: int) -> Feed:
         drawn = [self._draw(int(id_), epoch) for id_ in part]
         windows = [window for window, _ in drawn]
-        return (
-            [self._encoded(int(id_)) for id_ in part],
-            np.array([(window.top, window.left) for window in windows], np.float32),
-            np.array([(window.height, window.width) for window in windows], np.float32),
-            np.array([window.flip for window in windows], np.int32),
-            part,
-            np.array([draws for _, draws in drawn], np.float32).reshape(len(part), self.draws),
-        )
+        return {
+            "encoded": [self._encoded(int(id_)) for id_ in part],
+            "origin": np.array([(window.top, window.left) for window in windows], np.float32),
+            "size": np.array([(window.height, window.width) for window in windows], np.float32),
+            "flip": np.array([window.flip for window in windows], np.int32),
+            "ids": part,
+            "draws": np.array([draws for _, draws in drawn], np.float32).reshape(len(part), self.draws),
+        }
 
     def _draw(self, id_: int, epoch: int) -> tuple[order.Window, npt.NDArray[np.float32]]:
         height, width = int(self.manifest.height_N[id_]), int(self.manifest.width_N[id_])
@@ -192,48 +186,43 @@ def endless(loader: Loader, step: int) -> Iterator[Batch]:
         epoch, position = epoch + 1, 0
 
 
-def _nothing() -> Generator[Feed, None, None]:
-    yield from ()
+def ahead(work: Callable[[S], T], items: Iterable[S], threads: int, waiting: int) -> Generator[T, None, None]:
+    """`map(work, items)`, with up to `waiting` results made by threads before they are asked for.
 
-
-def _read_ahead(read: Callable[[Ids], Feed], parts: list[Ids]) -> Generator[Feed, None, None]:
-    """`map(read, parts)`, with up to READ_AHEAD of them read by threads before they are asked for."""
-    with ThreadPoolExecutor(READERS, thread_name_prefix="read-ahead") as executor:
-        waiting: deque[Future[Feed]] = deque()
+    A consumer that stops early, or an error, ends the threads and closes `items`.
+    """
+    results: deque[Future[T]] = deque()
+    with ThreadPoolExecutor(threads) as executor:
         try:
-            for part in parts:
-                waiting.append(executor.submit(read, part))
-                if len(waiting) == READ_AHEAD:
-                    yield waiting.popleft().result()
-            while waiting:
-                yield waiting.popleft().result()
+            for item in items:
+                results.append(executor.submit(work, item))
+                if len(results) > waiting:
+                    yield results.popleft().result()
+            while results:
+                yield results.popleft().result()
         finally:
-            for future in waiting:
-                future.cancel()
+            for result in results:
+                result.cancel()
+            if isinstance(items, Generator):
+                items.close()
 
 
-@lru_cache(
-    maxsize=256
-)  # below the usual limit of 1,024 open files; an evicted file closes when its last reader is done
+# Below the usual limit of 1,024 open files. An evicted file closes when its last reader is done.
+@lru_cache(maxsize=256)
 def _open(path: Path) -> BinaryIO:
     return path.open("rb", buffering=0)
 
 
 def _graph(
-    source: Callable[[], Feed],
-    crop: Crop,
-    mean: tuple[float, float, float],
-    std: tuple[float, float, float],
-    gpu: bool,
+    crop: Crop, mean: tuple[float, float, float], std: tuple[float, float, float], gpu: bool
 ) -> tuple[Any, Any, Any]:
     """What DALI does to a batch: normalised pictures, and their ids and draws as they came in."""
-    encoded, origin, size, flip, ids, draws = fn.external_source(
-        source=source,
-        num_outputs=6,
-        batch=True,
-        dtype=[types.UINT8, types.FLOAT, types.FLOAT, types.INT32, types.INT64, types.FLOAT],
-        ndim=[1, 1, 1, 0, 0, 1],
+    encoded = fn.external_source(name="encoded", dtype=types.UINT8, ndim=1)
+    origin, size, draws = (
+        fn.external_source(name=name, dtype=types.FLOAT, ndim=1) for name in ("origin", "size", "draws")
     )
+    flip = fn.external_source(name="flip", dtype=types.INT32, ndim=0)
+    ids = fn.external_source(name="ids", dtype=types.INT64, ndim=0)
     device = "mixed" if gpu else "cpu"
     relative: dict[str, Any] = {"axis_names": "HW", "normalized_anchor": True, "normalized_shape": True}
     if crop.kind == "padded":  # the window reaches outside, which the decoder's own slice cannot

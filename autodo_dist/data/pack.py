@@ -1,7 +1,7 @@
 """Pictures -> webdataset shards, DALI indexes and a manifest (whose on-disk format manifest.py describes).
 
-Every picture is read twice: once to decode it in full, so that a broken one gets no id and cannot stop a training run
-later, and once to write it. What is kept in memory is a row a picture, never its bytes.
+Every picture is read twice: once to decode it in full, as training will, so that a broken one gets no id, and once to
+write it. What is kept in memory is a row a picture, never its bytes.
 """
 
 from __future__ import annotations
@@ -20,8 +20,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-from PIL import ExifTags, Image, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 
+from autodo_dist.data.decode import Decoder
 from autodo_dist.data.manifest import PARTS, Shard, write_manifest
 from autodo_dist.data.split import split_off
 from autodo_dist.errors import AutodoError
@@ -29,8 +30,8 @@ from autodo_dist.files import sha256
 
 TRAIN, VALIDATION, TEST = range(len(PARTS))
 EXTENSIONS = ("jpg", "png", "webp", "bmp", "tif", "tiff", "ppm", "pgm", "pnm", "jp2")
-FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "PPM", "JPEG2000")  # PIL's names of what DALI decodes on the CPU
-REFUSED = {("TIFF", "1"), ("PPM", "F"), ("JPEG2000", "LA")}  # (format, PIL's mode): DALI 2.4 decodes all but these
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "PPM", "JPEG2000")  # PIL's names
+REFUSED = {("TIFF", "LA"), ("TIFF", "PA")}  # (format, PIL's mode) that DALI 2.4 decodes to wrong colours, silently
 FOLDERS = {"train": TRAIN, "val": VALIDATION, "test": TEST}
 SHARD_SAMPLES = 1000
 DIGITS_SHARD_SAMPLES = 256  # a few hundred kB, but several shards a part
@@ -222,10 +223,10 @@ def prepare_folder(out: Path) -> None:
 
 def probe_all(sources: Sequence[Source], report: Report) -> tuple[list[Sample], dict[str, str]]:
     """Decode every picture: (those that can be read, key -> what is wrong with the others)."""
-    samples, unreadable = [], {}
+    samples, unreadable, decoder = [], {}, Decoder()
     for done, source in enumerate(sources, 1):
         try:
-            height, width = probe(source)
+            height, width = probe(source, decoder)
         except AutodoError as error:
             unreadable[source.key] = str(error)
         else:
@@ -234,10 +235,11 @@ def probe_all(sources: Sequence[Source], report: Report) -> tuple[list[Sample], 
     return samples, unreadable
 
 
-def probe(source: Source) -> tuple[int, int]:
-    """Decode a picture in full and return its (height, width) after EXIF orientation, as DALI will see it.
+def probe(source: Source, decoder: Decoder) -> tuple[int, int]:
+    """Decode a picture in full, twice, and return its (height, width) after EXIF orientation.
 
-    AutodoError says what is wrong with it.
+    PIL finds what is cut off, which DALI fills silently; DALI is what training reads with. AutodoError says what is
+    wrong with it.
     """
     if source.extension not in EXTENSIONS:
         raise AutodoError(f"not a known picture extension ({', '.join(EXTENSIONS)})")
@@ -250,15 +252,14 @@ def probe(source: Source) -> tuple[int, int]:
     try:
         with Image.open(io.BytesIO(raw), formats=FORMATS) as image:
             image.load()
-            if (image.format, image.mode) in REFUSED:
-                raise ValueError(f"DALI decodes no {image.format} of mode {image.mode}")
-            # After load(): PIL turns a TIFF by itself and then drops the tag.
-            turned = image.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
-            return (image.width, image.height) if turned else (image.height, image.width)
+            kind = image.format, image.mode
     except UnidentifiedImageError as error:
         raise AutodoError(f"not a {', '.join(FORMATS[:-1])} or {FORMATS[-1]} picture") from error
     except Exception as error:  # PIL's decoders answer broken bytes with many kinds: SyntaxError, struct.error, ...
         raise AutodoError(" ".join(f"{error or type(error).__name__}".split())) from error
+    if kind in REFUSED:
+        raise AutodoError(f"DALI decodes {kind[0]} of mode {kind[1]} to wrong colours")
+    return decoder.shape(raw)
 
 
 def plan_shards(samples: Sequence[Sample], seed: int, shard_samples: int) -> list[tuple[str, list[Sample]]]:

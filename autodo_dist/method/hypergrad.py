@@ -74,7 +74,7 @@ def sample_weights(rows: Rows, like_B: torch.Tensor) -> torch.Tensor:
 
 def frozen(module: nn.Module) -> Encoder:
     """The module as a function whose weights get no gradient, so that a backward through it is activation-only."""
-    state = {name: value.detach() for name, value in (*module.named_parameters(), *module.named_buffers())}
+    state = {name: value.detach() for name, value in module.named_parameters()}
     return lambda images: torch.func.functional_call(module, state, (images,))
 
 
@@ -135,7 +135,8 @@ def inverse_product(product: solvers.Product, value: torch.Tensor, solve: Solve)
     if solve.solver == "identity":
         return value, torch.full((), torch.nan, dtype=value.dtype, device=value.device)
     eigenvalue = solvers.largest_eigenvalue(product, value, solve.power_iterations)
-    step = 1 / eigenvalue.clamp_min(torch.finfo(value.dtype).tiny)
+    # Without curvature (all weights near 0) there is nothing to invert, and rows stay where they are.
+    step = torch.where(eigenvalue > torch.finfo(value.dtype).eps, 1 / eigenvalue, 0.0)
     return solvers.neumann(product, value, step, solve.terms), eigenvalue
 
 

@@ -39,11 +39,11 @@ def weight_slope(weight_logit_B: torch.Tensor) -> torch.Tensor:
 def soft_logit_start(classes: int, smoothing: float) -> float:
     """The s for which soft logits +s at the given label and −s elsewhere give q = (1−α)y + α/C exactly, α = smoothing.
 
-    s = ½·log(1 − C + C/α). AutodoError unless 0 < α < C/(C−1), where the given label is still the likeliest.
+    s = ½·log(1 − C + C/α). AutodoError unless 0 < α < C/(C−1), where every probability is above 0.
     """
-    if not 0 < smoothing < classes / (classes - 1):
+    if classes < 2 or not 0 < smoothing < classes / max(1, classes - 1):
         raise AutodoError(
-            f"learn.smoothing = {smoothing}: not between 0 and C/(C-1) = {classes / (classes - 1):.4f} "
+            f"learn.smoothing = {smoothing}: not between 0 and C/(C-1) = {classes / max(1, classes - 1):.4f} "
             f"for {classes} classes; 0.1 is usual"
         )
     return 0.5 * math.log(1 - classes + classes / smoothing)

@@ -37,7 +37,7 @@ def strengths(gate_logit_BK: torch.Tensor, magnitude_logit_BK: torch.Tensor, dra
     """
     gate_draw, magnitude_draw = _open_interval(draws_BD.to(gate_logit_BK.dtype)).chunk(2, dim=1)
     soft = torch.sigmoid(gate_logit_BK + torch.logit(gate_draw))
-    gate = (soft > 0.5).to(soft.dtype) + soft - soft.detach()
+    gate = (soft > 0.5).to(soft.dtype) + (soft - soft.detach())
     normal = math.sqrt(2) * torch.erfinv(2 * magnitude_draw - 1)
     return gate * torch.sigmoid(magnitude_logit_BK) * normal * gate_logit_BK.new_tensor(RANGES)
 
@@ -55,7 +55,8 @@ def matrix(strengths_BK: torch.Tensor) -> torch.Tensor:
 
 def warp(images_BCHW: torch.Tensor, strengths_BK: torch.Tensor) -> torch.Tensor:
     """Warp pictures by their strengths, bilinearly; outside the picture its border goes on. Strengths 0: unchanged."""
-    grid = F.affine_grid(matrix(strengths_BK), list(images_BCHW.shape), align_corners=False)
+    # Not F.affine_grid, which refuses the empty part of a batch that a rank may have.
+    grid = torch.affine_grid_generator(matrix(strengths_BK), list(images_BCHW.shape), False)
     return F.grid_sample(images_BCHW, grid, mode="bilinear", padding_mode="border", align_corners=False)
 
 

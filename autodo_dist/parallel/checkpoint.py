@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -27,8 +28,19 @@ log = logging.getLogger(__name__)
 
 
 def save(root: Path, step: int, state: dict[str, Any], progress: dict[str, Any], ranks: Ranks) -> None:
-    """Save tensors `state` and JSON `progress` as checkpoint `step`. Every rank must call this."""
+    """Save tensors `state` and JSON `progress` as checkpoint `step`. Every rank must call this.
+
+    AutodoError if the disk does not take it.
+    """
     final = folder(root, step)
+    try:
+        _write(final, step, state, progress, ranks)
+    except (dcp.CheckpointException, OSError) as error:
+        cure = "free space or mend the disk, then run the same command again"
+        raise AutodoError(f"checkpoint {final}: cannot be written ({reason(error)}); {cure}") from error
+
+
+def _write(final: Path, step: int, state: dict[str, Any], progress: dict[str, Any], ranks: Ranks) -> None:
     partial = final.with_suffix(".partial")
     if ranks.main:
         shutil.rmtree(partial, ignore_errors=True)
@@ -55,7 +67,7 @@ def restore(path: Path, state: dict[str, Any], ranks: Ranks) -> dict[str, Any]:
         dcp.load(state, checkpoint_id=path)
     except (dcp.CheckpointException, RuntimeError, ValueError) as error:
         raise AutodoError(
-            f"checkpoint {path}: does not fit this model ({' '.join(str(error).split())[:200]}); start another run.name"
+            f"checkpoint {path}: does not fit this model ({reason(error)}); start another run.name"
         ) from error
     progress: dict[str, Any] = header["progress"]
     return progress
@@ -64,19 +76,23 @@ def restore(path: Path, state: dict[str, Any], ranks: Ranks) -> dict[str, Any]:
 def newest(root: Path, ranks: Ranks) -> Path | None:
     """The newest checkpoint whose files are all as they were written, or None. Every rank must call this.
 
-    Broken ones are passed over with a warning; AutodoError if there are some and all are broken.
+    Broken ones are passed over with a warning and renamed to step-….broken; AutodoError if all are broken.
     """
-    found, candidates = None, complete(root)
+    found: Path | str | None = None
     if ranks.main:
+        candidates = complete(root)
         for path in reversed(candidates):
             fault = check(path)
             if fault is None:
                 found = path
                 break
-            log.warning("checkpoint %s: %s; the one before is used", path, fault)
+            log.warning("checkpoint %s: %s; passed over and renamed to %s.broken", path, fault, path.name)
+            path.rename(path.with_suffix(".broken"))
+        if candidates and found is None:
+            found = f"checkpoints in {root}: all broken; delete the folder to start anew, or restore one from a copy"
     found = ranks.from_main(found)
-    if found is None and candidates:
-        raise AutodoError(f"checkpoints in {root}: all broken; delete them to start anew, or restore them from a copy")
+    if isinstance(found, str):
+        raise AutodoError(found)
     return found
 
 
@@ -84,7 +100,7 @@ def existing(root: Path, step: int) -> Path:
     """Checkpoint `step`. AutodoError if there is none or its files are not as they were written."""
     path = folder(root, step)
     if not path.is_dir():
-        have = ", ".join(str(int(found.name[5:])) for found in complete(root)) or "none"
+        have = ", ".join(str(step_of(found)) for found in complete(root)) or "none"
         raise AutodoError(f"{root}: no checkpoint of step {step}; those there: {have}")
     if fault := check(path):
         raise AutodoError(f"checkpoint {path}: {fault}; choose another")
@@ -93,7 +109,13 @@ def existing(root: Path, step: int) -> Path:
 
 def complete(root: Path) -> list[Path]:
     """Checkpoints that were written to their end, oldest first."""
-    return sorted(path for path in root.glob("step-*") if path.suffix != ".partial")
+    found = root.iterdir() if root.is_dir() else ()
+    return sorted((path for path in found if re.fullmatch(r"step-\d{8,}", path.name)), key=step_of)
+
+
+def step_of(path: Path) -> int:
+    """The step of a checkpoint's folder."""
+    return int(path.name.removeprefix("step-"))
 
 
 def check(path: Path) -> str | None:
@@ -110,6 +132,13 @@ def check(path: Path) -> str | None:
     except (OSError, ValueError, KeyError, TypeError) as error:
         return f"unreadable ({error!r})"
     return None
+
+
+def reason(error: BaseException) -> str:
+    """What went wrong, in a few words; DCP wraps the errors of the ranks in pages of tracebacks."""
+    if isinstance(error, dcp.CheckpointException):
+        error = min(error.failures.items())[1][0]
+    return " ".join(str(error).split())[:200]
 
 
 def prune(root: Path, keep: int, best: int | None, ranks: Ranks) -> None:

@@ -19,9 +19,9 @@ import torch
 import torch.distributed as dist
 
 from autodo_dist.errors import AutodoError
+from autodo_dist.ports import PORTS
 
 T = TypeVar("T")
-FIRST_PORT, PORTS = 10_000, 10_000  # below the ephemeral range, so that no client socket takes the port first
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ def place(environment: Mapping[str, str] = os.environ) -> Place:
     if ranks == 1:
         return Place()
     address = environment.get("MASTER_ADDR") or _first_host(environment.get("SLURM_JOB_NODELIST", ""))
-    port = number("MASTER_PORT", str(FIRST_PORT + number("SLURM_JOB_ID", "0") % PORTS))
+    port = number("MASTER_PORT", str(PORTS[number("SLURM_JOB_ID", "0") % len(PORTS)]))
     return Place(rank, ranks, number("SLURM_LOCALID"), (address, port))
 
 
@@ -70,7 +70,7 @@ class Ranks:
     """The ranks of a run, with a process group between them. Every method but `main` is a collective: every rank must
     call it, in the same order.
 
-    On two ranks, `ranks.mean(torch.tensor(float(ranks.rank)))` is 0.5 on both.
+    On two ranks, `ranks.sum(torch.tensor(ranks.rank + 1))` is 3 on both.
     """
 
     rank: int
@@ -87,10 +87,6 @@ class Ranks:
         total = value.clone()
         dist.all_reduce(total)
         return total
-
-    def mean(self, value: torch.Tensor) -> torch.Tensor:
-        """The mean over ranks, as a new tensor of the same shape and type."""
-        return self.sum(value) / self.ranks
 
     def gather(self, value: T) -> list[T]:
         """Every rank's small Python value, in the order of ranks, on every rank."""
