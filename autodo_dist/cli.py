@@ -31,6 +31,9 @@ app.command()(doctor)
 def train(
     config: Annotated[Path, typer.Option(help="yaml file with the settings that differ from the defaults")],
     overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="laid over the file")] = None,
+    fork: Annotated[
+        str | None, typer.Option(metavar="RUN@STEP", help="start from that checkpoint of another run; sets run.fork")
+    ] = None,
 ) -> None:
     """Train as one rank: alone, or as the one that srun's environment names. `launcher/submit.py` starts many.
 
@@ -38,7 +41,7 @@ def train(
     """
     from autodo_dist.train import train  # imports torch, which the other commands can do without
 
-    train(load_config(config, overrides or []))
+    train(load_config(config, [*(overrides or []), *([f"run.fork={fork}"] if fork else [])]))
 
 
 @app.command()

@@ -6,7 +6,7 @@ runs/NAME/
   metrics.jsonl       a line every train.log_every steps and every evaluation
   checkpoints/        see parallel/checkpoint.py
   logs/               plain lines, a file a rank
-labels.csv          what was learnt of each train sample: weight, suggested label, its probability
+  labels.csv          what was learnt of each train sample: weight, suggested label, its probability
   summary.json        the result; a run that has it is finished
 """
 

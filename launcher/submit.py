@@ -30,11 +30,19 @@ def main(
         int | None, typer.Option(help="processes per machine, one per GPU; sets launch.ranks_per_node")
     ] = None,
     executor: Annotated[str | None, typer.Option(help="local or slurm; sets launch.executor")] = None,
+    fork: Annotated[
+        str | None, typer.Option(metavar="RUN@STEP", help="start from that checkpoint of another run; sets run.fork")
+    ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="print what would be started, and start nothing")] = False,
 ) -> None:
     """Start a training run, or go on with it from its last checkpoint."""
-    options = {"nodes": nodes, "ranks_per_node": ranks_per_node, "executor": executor}
-    words = [f"launch.{name}={value}" for name, value in options.items() if value is not None]
+    options = {
+        "launch.nodes": nodes,
+        "launch.ranks_per_node": ranks_per_node,
+        "launch.executor": executor,
+        "run.fork": fork,
+    }
+    words = [f"{name}={value}" for name, value in options.items() if value is not None]
     try:
         status = start(load_config(config, [*(overrides or []), *words]), dry_run)
     except AutodoError as error:

@@ -41,10 +41,7 @@ def evaluate_checkpoint(run: Path, step: int | None, data: Path | None) -> dict[
         if path is None:
             raise AutodoError(f"run {run}: has no checkpoint yet")
         model = build.build_classifier(config, len(manifest.classes), ranks.device)
-        engine = build.build_engine(config, model, ranks)
-        state = engine.state()
-        progress = checkpoint.restore(path, state, ranks)
-        engine.restore(state)
+        progress = checkpoint.restore(path, {"model": model.state_dict()}, ranks)
         test = build.build_loaders(config, manifest, build.build_split(config, manifest), ranks).test
         dtype = build.DTYPES[config.train.precision]
         return {"step": progress["step"]} | evaluate(model, test, manifest.classes, dtype, ranks)

@@ -12,8 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from autodo_dist.data.manifest import PARTS
-
-Ids = npt.NDArray[np.int64]
+from autodo_dist.data.order import Ids
 
 
 @dataclass(frozen=True)

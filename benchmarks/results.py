@@ -1,0 +1,145 @@
+"""Plain training against AutoDO on the same distorted digits: last epoch, several seeds, paired differences.
+
+Both see the same train pictures and the same wrong labels; AutoDO also learns from the clean validation part. A seed
+draws split, distortion, start weights and order, alike for both. Runs are kept in run folders: called again after a
+stop, this goes on, and finished runs are only read.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import statistics
+import subprocess
+import sys
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+ROOT = Path(__file__).resolve().parent.parent
+DISTORTIONS = ((10, 0.1), (1, 0.4))  # imbalance ratio, label noise
+METHODS = {"plain": ("learn.augment=none", "learn.weight=false", "learn.soft_label=false"), "AutoDO": ()}
+QUICK = ("train.epochs=2", "optim.warmup_epochs=1", "hyper.start_epoch=1", "hyper.terms=5")
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run of the table."""
+
+    imbalance: float
+    noise: float
+    method: str
+    seed: int
+
+    @property
+    def name(self) -> str:
+        """Name of its run folder."""
+        return f"ir{self.imbalance:g}-noise{self.noise:g}-{self.method.lower()}-seed{self.seed}"
+
+    def command(self, root: Path, words: Sequence[str]) -> list[str]:
+        """What starts the run, or goes on with it."""
+        own = (f"data.imbalance_ratio={self.imbalance}", f"data.label_noise={self.noise}", *METHODS[self.method])
+        seeds = (f"data.split_seed={self.seed}", f"train.seed={self.seed}")
+        config = str(ROOT / "configs/digits.yaml")
+        place = (f"run.root={root}", f"run.name={self.name}", "launch.ranks_per_node=1")
+        return [sys.executable, str(ROOT / "launcher/submit.py"), "--config", config, *place, *own, *seeds, *words]
+
+
+def main(
+    root: Annotated[Path, typer.Option(help="folder of the run folders")] = Path("runs/results"),
+    seeds: Annotated[int, typer.Option(min=2, help="seeds 0 to this, less one")] = 5,
+    jobs: Annotated[int, typer.Option(min=1, help="runs at a time")] = os.cpu_count() or 1,
+    quick: Annotated[bool, typer.Option("--quick", help="two seeds of two epochs: shows that it works")] = False,
+    json_file: Annotated[Path | None, typer.Option("--json", help="write the figures there")] = None,
+    readme: Annotated[Path | None, typer.Option(help="put the table between the marks in this file")] = None,
+    words: Annotated[
+        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="over configs/digits.yaml")
+    ] = None,
+) -> None:
+    """Train every cell of the table, then print it."""
+    seeds, root = (2, root / "quick") if quick else (seeds, root)
+    cells = [Cell(*them, method, seed) for them in DISTORTIONS for seed in range(seeds) for method in METHODS]
+    laid_over = [*(QUICK if quick else ()), *(words or ())]
+    with ThreadPoolExecutor(jobs) as executor:
+        futures = [executor.submit(train, cell, root, laid_over) for cell in cells]
+        try:
+            summaries = {cell: future.result() for cell, future in zip(cells, futures, strict=True)}
+        except BaseException:
+            executor.shutdown(cancel_futures=True)
+            raise
+    rows = figures(summaries, jobs)
+    text = table(rows, seeds)
+    print(text)
+    if json_file is not None:
+        json_file.write_text(json.dumps(rows, indent=1) + "\n")
+    if readme is not None:
+        readme.write_text(between_marks(readme.read_text(), text))
+
+
+def train(cell: Cell, root: Path, words: Sequence[str]) -> dict[str, Any]:
+    """The summary of a finished run, after training it as far as that is still to be done."""
+    log = root / f"{cell.name}.log"
+    root.mkdir(parents=True, exist_ok=True)
+    with log.open("w") as file:
+        done = subprocess.run(cell.command(root, words), stdout=file, stderr=subprocess.STDOUT, check=False)
+    if done.returncode:
+        sys.exit(f"run {cell.name} failed, see {log}: {log.read_text().strip().splitlines()[-1]}")
+    summary: dict[str, Any] = json.loads((root / cell.name / "summary.json").read_text())
+    print(f"{cell.name}: test error {100 * (1 - summary['test_accuracy_final']):.2f} %", file=sys.stderr)
+    return summary
+
+
+def figures(summaries: dict[Cell, dict[str, Any]], jobs: int) -> list[dict[str, Any]]:
+    """Mean and standard deviation over seeds of the last epoch's test error, and of its paired difference; minutes."""
+    rows: list[dict[str, Any]] = []
+    for imbalance, noise in DISTORTIONS:
+        errors = {
+            method: [
+                100 * (1 - summary["test_accuracy_final"])
+                for cell, summary in summaries.items()
+                if (cell.imbalance, cell.noise, cell.method) == (imbalance, noise, method)
+            ]
+            for method in METHODS
+        }
+        pairs = [ours - theirs for ours, theirs in zip(errors["AutoDO"], errors["plain"], strict=True)]
+        for what, values in (*errors.items(), ("AutoDO - plain", pairs)):
+            spread = {"std": statistics.stdev(values), "seeds": values}
+            name = f"test error, IR {imbalance:g}, noise {noise:g}, {what}"
+            rows.append(
+                {"name": name, "value": statistics.mean(values), "unit": "%", "bar": None, "holds": None} | spread
+            )
+    minutes = sum(summary["seconds_total"] for summary in summaries.values()) / 60 / jobs
+    rows.append({"name": "time", "value": minutes, "unit": "minutes", "bar": "<= 30", "holds": minutes <= 30})
+    return rows
+
+
+def table(rows: Sequence[dict[str, Any]], seeds: int) -> str:
+    """The figures as Markdown."""
+    lines = [
+        f"| test error of the last epoch, {seeds} seeds | plain | AutoDO | paired difference |",
+        "|---|---|---|---|",
+    ]
+    for (imbalance, noise), three in zip(DISTORTIONS, (rows[0:3], rows[3:6]), strict=True):
+        shown = [f"{row['value']:.2f} ± {row['std']:.2f} %" for row in three]
+        better = sum(value < 0 for value in three[2]["seeds"])
+        lines.append(f"| IR {imbalance:g}, noise {noise:g} | {' | '.join(shown)} ({better} of {seeds} better) |")
+    return "\n".join(lines)
+
+
+def between_marks(text: str, insert: str) -> str:
+    """The text with `insert` between its marks `<!-- results -->` and `<!-- /results -->`."""
+    found, count = re.subn(
+        r"(?s)(<!-- results -->\n).*?(<!-- /results -->)", lambda mark: f"{mark[1]}{insert}\n{mark[2]}", text
+    )
+    if count != 1:
+        sys.exit("no marks <!-- results --> and <!-- /results --> in that file")
+    return found
+
+
+if __name__ == "__main__":
+    typer.run(main)
