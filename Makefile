@@ -1,10 +1,11 @@
-# make demo: a training run on embedded data, from nothing.   make test: every test.   Both can be repeated.
+# make demo: a training run on embedded data, from nothing.   make test: every test.   All can be repeated.
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lint clean help
+.PHONY: demo results test lint clean help
 help:
 	@echo "make demo   environment, packed digits, a training run with two ranks (runs/digits)"
+	@echo "make results plain training against AutoDO, 20 runs; goes on after a stop"
 	@echo "make test   environment, lint, all tests"
 	@echo "make lint   ruff and mypy"
 	@echo "make clean  removes the environment, packed data and runs"
@@ -25,6 +26,9 @@ data/digits/manifest.json: | .venv/installed
 
 demo: .venv/installed data/digits/manifest.json
 	$(BIN)/python launcher/submit.py --config configs/digits.yaml
+
+results: .venv/installed data/digits/manifest.json
+	$(BIN)/python benchmarks/results.py --json docs/results/digits.json --readme README.md
 
 lint: .venv/installed
 	$(BIN)/ruff check .

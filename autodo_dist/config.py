@@ -23,9 +23,17 @@ from autodo_dist.errors import AutodoError
 # A run may be resumed with another value of these: they say where it runs and what it writes, not what it computes.
 # (Its numbers may still differ in the last bits: a GPU decodes a JPEG a little differently, and BatchNorm sees a rank's
 # part of a batch.)
-FREE_AT_RESUME = tuple(
-    "run.root run.name data.root data.device data.threads train.log_every checkpoint launch".split()
+FREE_AT_RESUME = (
+    "run.root",
+    "run.name",
+    "data.root",
+    "data.device",
+    "data.threads",
+    "train.log_every",
+    "checkpoint",
+    "launch",
 )
+
 # A fork may differ from the run that it starts from in these as well.
 FREE_AT_FORK = (*FREE_AT_RESUME, "run.fork", "learn", "hyper", "train.evaluate_every")
 

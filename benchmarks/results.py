@@ -1,7 +1,7 @@
 """Plain training against AutoDO on the same distorted digits: last epoch, several seeds, paired differences.
 
 Both see the same train pictures and the same wrong labels; AutoDO also learns from the clean validation part. A seed
-draws split, distortion, start weights and order, alike for both. Runs are kept in run folders: called again after a
+draws distortion, start weights and order, alike for both. Runs are kept in run folders: called again after a
 stop, this goes on, and finished runs are only read.
 """
 
@@ -21,7 +21,14 @@ from typing import Annotated, Any
 
 import typer
 
+from autodo_dist import run_folder
+from autodo_dist.config import load_config
+from autodo_dist.data.manifest import read_manifest
+from autodo_dist.errors import AutodoError
+from autodo_dist.files import read_json
+
 ROOT = Path(__file__).resolve().parent.parent
+CONFIG = ROOT / "configs/digits.yaml"
 DISTORTIONS = ((10, 0.1), (1, 0.4))  # imbalance ratio, label noise
 METHODS = {"plain": ("learn.augment=none", "learn.weight=false", "learn.soft_label=false"), "AutoDO": ()}
 QUICK = ("train.epochs=2", "optim.warmup_epochs=1", "hyper.start_epoch=1", "hyper.terms=5")
@@ -41,13 +48,12 @@ class Cell:
         """Name of its run folder."""
         return f"ir{self.imbalance:g}-noise{self.noise:g}-{self.method.lower()}-seed{self.seed}"
 
-    def command(self, root: Path, words: Sequence[str]) -> list[str]:
-        """What starts the run, or goes on with it."""
-        own = (f"data.imbalance_ratio={self.imbalance}", f"data.label_noise={self.noise}", *METHODS[self.method])
+    def words(self, root: Path) -> list[str]:
+        """Its settings, over configs/digits.yaml."""
+        distortion = (f"data.imbalance_ratio={self.imbalance}", f"data.label_noise={self.noise}")
         seeds = (f"data.split_seed={self.seed}", f"train.seed={self.seed}")
-        config = str(ROOT / "configs/digits.yaml")
         place = (f"run.root={root}", f"run.name={self.name}", "launch.ranks_per_node=1")
-        return [sys.executable, str(ROOT / "launcher/submit.py"), "--config", config, *place, *own, *seeds, *words]
+        return [*place, *distortion, *seeds, *METHODS[self.method]]
 
 
 def main(
@@ -83,13 +89,18 @@ def main(
 
 def train(cell: Cell, root: Path, words: Sequence[str]) -> dict[str, Any]:
     """The summary of a finished run, after training it as far as that is still to be done."""
-    log = root / f"{cell.name}.log"
-    root.mkdir(parents=True, exist_ok=True)
-    with log.open("w") as file:
-        done = subprocess.run(cell.command(root, words), stdout=file, stderr=subprocess.STDOUT, check=False)
-    if done.returncode:
-        sys.exit(f"run {cell.name} failed, see {log}: {log.read_text().strip().splitlines()[-1]}")
-    summary: dict[str, Any] = json.loads((root / cell.name / "summary.json").read_text())
+    words = [*cell.words(root), *words]
+    config = load_config(CONFIG, words)
+    run_folder.check_same_run(config, read_manifest(config.data.root).checksum)
+    if not run_folder.finished(config.folder):
+        log = root / f"{cell.name}.log"
+        root.mkdir(parents=True, exist_ok=True)
+        command = [sys.executable, str(ROOT / "launcher/submit.py"), "--config", str(CONFIG), *words]
+        with log.open("w") as file:
+            done = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, check=False)
+        if done.returncode:
+            raise AutodoError(f"run {cell.name}: failed, see {log}: {log.read_text().strip().splitlines()[-1]}")
+    summary = read_json(config.folder / "summary.json")
     print(f"{cell.name}: test error {100 * (1 - summary['test_accuracy_final']):.2f} %", file=sys.stderr)
     return summary
 
@@ -124,7 +135,9 @@ def table(rows: Sequence[dict[str, Any]], seeds: int) -> str:
         f"| test error of the last epoch, {seeds} seeds | plain | AutoDO | paired difference |",
         "|---|---|---|---|",
     ]
-    for (imbalance, noise), three in zip(DISTORTIONS, (rows[0:3], rows[3:6]), strict=True):
+    for (imbalance, noise), three in zip(
+        DISTORTIONS, (rows[at : at + 3] for at in range(0, len(rows) - 1, 3)), strict=True
+    ):
         shown = [f"{row['value']:.2f} ± {row['std']:.2f} %" for row in three]
         better = sum(value < 0 for value in three[2]["seeds"])
         lines.append(f"| IR {imbalance:g}, noise {noise:g} | {' | '.join(shown)} ({better} of {seeds} better) |")
@@ -137,9 +150,12 @@ def between_marks(text: str, insert: str) -> str:
         r"(?s)(<!-- results -->\n).*?(<!-- /results -->)", lambda mark: f"{mark[1]}{insert}\n{mark[2]}", text
     )
     if count != 1:
-        sys.exit("no marks <!-- results --> and <!-- /results --> in that file")
+        raise AutodoError("no marks <!-- results --> and <!-- /results --> there; put them where the table goes")
     return found
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    try:
+        typer.run(main)
+    except AutodoError as error:
+        sys.exit(f"error: {error}")

@@ -27,8 +27,9 @@ ALLOWED = {
     "autodo_dist.metrics": (),
     "autodo_dist": ("autodo_dist",),
     "launcher": ("launcher", "autodo_dist"),
+    "benchmarks": ("autodo_dist",),
 }
-FILES = sorted([*ROOT.glob("autodo_dist/**/*.py"), *ROOT.glob("launcher/*.py")])
+FILES = sorted(path for wing in ("autodo_dist", "launcher", "benchmarks") for path in ROOT.glob(f"{wing}/**/*.py"))
 
 
 def module(path: Path) -> str:

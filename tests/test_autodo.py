@@ -4,14 +4,21 @@ from __future__ import annotations
 
 import csv
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from ranks import RankError, RankPool
-from test_train import assert_close_runs, assert_equal_states, cut_back, lines, run_train, settings, weights
+from test_train import (
+    assert_equal_states,
+    check_four_ranks_then_three,
+    cut_back,
+    lines,
+    run_train,
+    settings,
+    weights,
+)
 
 from autodo_dist.build import build
 from autodo_dist.config import check_config
@@ -105,12 +112,7 @@ def test_resume_with_tables_is_bit_exact(pool: RankPool, digits: Path, tmp_path:
 
 
 def test_resume_on_another_number_of_ranks(pool: RankPool, digits: Path, tmp_path: Path) -> None:
-    tree = learning(digits, tmp_path, train__precision="fp64")
-    folder = pool.run(4, run_train, tree)[0]
-    unbroken = Path(shutil.copytree(folder, tmp_path / "unbroken"))
-    cut_back(folder, 10)
-    pool.run(3, run_train, tree)
-    assert_close_runs(folder, unbroken, 18)
+    check_four_ranks_then_three(pool, learning(digits, tmp_path, train__precision="fp64"), cut=10, last=18)
 
 
 def test_labels_and_hyper_lines(digits: Path, tmp_path: Path) -> None:
@@ -198,6 +200,7 @@ def test_fork_starts_from_a_plain_run(digits: Path, tmp_path: Path) -> None:
         ("plain@5", {}, "inside an epoch"),
         ("plain", {}, "not of the form RUN@STEP"),
         ("nowhere@5", {}, "no run there"),
+        ("plain@6", {"run__name": "plain"}, "made with other settings .run.fork:"),
     ],
 )
 def test_bad_forks_are_refused(
@@ -207,7 +210,7 @@ def test_bad_forks_are_refused(
     if not (root / "plain" / "summary.json").exists():
         run_train(settings(digits, root, run__name="plain"))
     with pytest.raises(AutodoError, match=message):
-        run_train(learning(digits, root, run__name="forked", run__fork=f"{root}/{fork}", **changes))
+        run_train(learning(digits, root, **({"run__name": "forked"} | changes), run__fork=f"{root}/{fork}"))
 
 
 @pytest.mark.parametrize(

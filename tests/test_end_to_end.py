@@ -25,8 +25,15 @@ def submit(*words: str) -> list[str]:
 
 @pytest.fixture
 def words(digits: Path, tmp_path: Path) -> list[str]:
-    """Two epochs of 14 steps, saved every 3."""
-    short = ["train.epochs=2", "optim.warmup_epochs=1", "train.batch_size=45", "train.log_every=3"]
+    """Two epochs of 14 steps, saved every 3, and a hyper pass of 14 between them."""
+    short = [
+        "train.epochs=2",
+        "hyper.start_epoch=1",
+        "hyper.terms=5",
+        "optim.warmup_epochs=1",
+        "train.batch_size=45",
+        "train.log_every=3",
+    ]
     return [*short, f"data.root={digits}", f"run.root={tmp_path}", "checkpoint.every_steps=3", "checkpoint.keep=9"]
 
 
@@ -36,13 +43,13 @@ def test_two_ranks_from_submit_to_evaluate(words: list[str], tmp_path: Path) -> 
     folder = tmp_path / "digits"
     summary: dict[str, Any] = json.loads((folder / "summary.json").read_text())
     assert summary["epochs"] == 2
-    assert summary["steps"] == 28
-    assert set(summary["seconds"]) == {"start", "data", "task", "evaluation", "save"}
+    assert summary["steps"] == 42
+    assert set(summary["seconds"]) == {"start", "data", "task", "hyper", "evaluation", "save"}
     assert summary["seconds_total"] == pytest.approx(sum(summary["seconds"].values()))
     assert list(summary["test_accuracy_per_class"]) == [str(digit) for digit in range(10)]
     environment = json.loads((folder / "environment.json").read_text())
     assert len(environment["starts"][0]["hosts"]) == 2
-    assert {row["kind"] for row in lines(folder)} == {"task", "evaluation"}
+    assert {row["kind"] for row in lines(folder)} == {"task", "hyper", "evaluation"}
     assert all(
         {"loss", "images_per_second", "data_wait_share", "peak_memory_bytes"} <= set(json.loads(line))
         for line in (folder / "metrics.jsonl").read_text().splitlines()
@@ -56,7 +63,7 @@ def test_two_ranks_from_submit_to_evaluate(words: list[str], tmp_path: Path) -> 
     assert "is finished" in again.stdout
 
     evaluated = subprocess.run(["autodo", "evaluate", str(folder)], capture_output=True, text=True, check=True)
-    found = re.search(r"step 28: test accuracy ([0-9.]+)", evaluated.stdout)
+    found = re.search(r"step 42: test accuracy ([0-9.]+)", evaluated.stdout)
     assert found is not None
     assert float(found[1]) == pytest.approx(summary["test_accuracy_final"], abs=1e-6)
 
@@ -80,14 +87,15 @@ def test_a_killed_rank_ends_the_run_and_the_same_command_goes_on(words: list[str
     resumed = subprocess.run(submit(*words, "run.name=broken"), capture_output=True, text=True, check=False)
     assert resumed.returncode == 0, resumed.stderr
     assert "resumed at step" in resumed.stdout
-    assert_equal_states(weights(folder, 28), weights(tmp_path / "unbroken", 28))
+    assert_equal_states(weights(folder, 42), weights(tmp_path / "unbroken", 42))
     assert lines(folder) == lines(tmp_path / "unbroken")
 
 
 def test_an_error_on_every_rank_is_one_line(words: list[str], tmp_path: Path) -> None:
     failed = subprocess.run(submit(*words, "data.root=/nowhere"), capture_output=True, text=True, check=False)
     assert failed.returncode == 1
-    assert failed.stderr.splitlines() == [
-        "error: data /nowhere: no such folder; pack one with `autodo pack`, or set data.root"
-    ]
+    # The first to fail is named; it is rank 0 more often than not.
+    (line,) = failed.stderr.splitlines()
+    assert line.startswith("error: ")
+    assert "data /nowhere: no such folder; pack one with `autodo pack`, or set data.root" in line
     assert not (tmp_path / "digits" / "config.yaml").exists()

@@ -298,10 +298,13 @@ Submit = Callable[..., "subprocess.CompletedProcess[str]"]
 
 @pytest.mark.parametrize(("executor", "expected"), [("local", "-m launcher.job runs/small/"), ("slurm", "time: 1440")])
 def test_dry_run_prints_everything_and_writes_nothing(submit: Submit, tmp_path: Path, executor: str, expected: str):
-    done = submit("--dry-run", "--nodes", "2", "--ranks-per-node=3", "--executor", executor, "train.epochs=7")
+    done = submit(
+        "--dry-run", "--nodes", "2", "--ranks-per-node=3", "--executor", executor, "--fork", "a@12", "train.epochs=7"
+    )
     assert (done.returncode, done.stderr) == (0, "")
     settings = yaml.safe_load(done.stdout)
     assert settings["train"]["epochs"] == 7
+    assert settings["run"]["fork"] == "a@12"
     assert settings["launch"] == {"executor": executor, "nodes": 2, "ranks_per_node": 3, "slurm": {}}
     assert "6 ranks" in done.stdout
     assert expected in done.stdout

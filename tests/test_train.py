@@ -136,12 +136,16 @@ def assert_close_runs(got: Path, expected: Path, step: int = 12) -> None:
 
 
 def test_resume_on_another_number_of_ranks(pool: RankPool, digits: Path, tmp_path: Path) -> None:
-    tree = settings(digits, tmp_path, train__precision="fp64")
+    check_four_ranks_then_three(pool, settings(digits, tmp_path, train__precision="fp64"), cut=5, last=12)
+
+
+def check_four_ranks_then_three(pool: RankPool, tree: dict[str, Any], cut: int, last: int) -> None:
+    """A run on four ranks, cut back to step `cut` and finished on three, against itself."""
     folder = pool.run(4, run_train, tree)[0]
-    unbroken = Path(shutil.copytree(folder, tmp_path / "unbroken"))
-    cut_back(folder, 5)
+    unbroken = Path(shutil.copytree(folder, folder.with_name("unbroken")))
+    cut_back(folder, cut)
     pool.run(3, run_train, tree)
-    assert_close_runs(folder, unbroken)
+    assert_close_runs(folder, unbroken, last)
 
 
 @pytest.fixture(scope="module")
