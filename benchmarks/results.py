@@ -82,6 +82,7 @@ def main(
     text = table(rows, seeds)
     print(text)
     if json_file is not None:
+        json_file.parent.mkdir(parents=True, exist_ok=True)
         json_file.write_text(json.dumps(rows, indent=1) + "\n")
     if readme is not None:
         readme.write_text(between_marks(readme.read_text(), text))
