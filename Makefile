@@ -28,7 +28,7 @@ demo: .venv/installed data/digits/manifest.json
 	$(BIN)/python launcher/submit.py --config configs/digits.yaml
 
 results: .venv/installed data/digits/manifest.json
-	$(BIN)/python benchmarks/results.py --json docs/results/digits.json --readme README.md
+	$(BIN)/python -m benchmarks.results --json docs/results/digits.json --readme README.md
 
 lint: .venv/installed
 	$(BIN)/ruff check .

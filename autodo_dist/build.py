@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
@@ -17,15 +18,16 @@ from autodo_dist.data.order import Crop, Ids
 from autodo_dist.data.split import Split, make_split
 from autodo_dist.errors import AutodoError
 from autodo_dist.hyperparameters import Hyperparameters, Layout
-from autodo_dist.method import warp
-from autodo_dist.method.hypergrad import Solve
-from autodo_dist.method.losses import Loss
+from autodo_dist.method import compat, solvers, warp
+from autodo_dist.method.direction import Solve
+from autodo_dist.method.hypergrad import Objective, Pictures
 from autodo_dist.method.rmsprop import Rmsprop
 from autodo_dist.method.schedule import warmup_cosine
 from autodo_dist.models import Classifier, build_model
 from autodo_dist.parallel.comm import Ranks
 from autodo_dist.parallel.engine import DdpEngine
 
+log = logging.getLogger(__name__)
 DTYPES = {"fp32": torch.float32, "fp64": torch.float64}
 
 
@@ -42,12 +44,19 @@ class Loaders:
 
 @dataclass(frozen=True)
 class Hyper:
-    """The learnt hyperparameters and how a hyper step is made; `lr` is a function of the steps of the hyper passes."""
+    """The learnt hyperparameters and how a hyper step is made.
+
+    lr: a function of the steps of the hyper passes, or of the task passes where `way` is shared. valid_grad_CD: the
+    validation gradient, renewed in place every `validation_every` hyper steps.
+    """
 
     parameters: Hyperparameters
     solve: Solve
+    way: Literal["separate", "shared"]
     lr: Callable[[int], float]
     start_epoch: int
+    validation_every: int
+    valid_grad_CD: torch.Tensor
 
 
 @dataclass(frozen=True)
@@ -63,7 +72,8 @@ class Parts:
     loaders: Loaders
     dtype: torch.dtype
     lr: Callable[[int], float]
-    loss: Loss
+    objective: Objective
+    pictures: Pictures
     hyper: Hyper | None
 
 
@@ -91,8 +101,14 @@ def build(config: Config, manifest: Manifest, ranks: Ranks) -> Parts:
         loaders=loaders,
         dtype=DTYPES[config.train.precision],
         lr=functools.partial(schedule, peak=config.optim.lr),
-        loss=config.learn.loss if config.learn.soft_label else "cross_entropy",
-        hyper=build_hyper(config, manifest, split, schedule, ranks) if config.learn.anything else None,
+        objective=Objective(
+            loss=config.learn.loss if config.learn.soft_label else "cross_entropy",
+            batch_size=config.train.batch_size,
+            normalise=config.learn.normalize_weights,
+            bias=config.compat is None,
+        ),
+        pictures=build_pictures(config),
+        hyper=build_hyper(config, manifest, split, model.head, schedule, ranks) if config.learn.anything else None,
     )
 
 
@@ -117,8 +133,8 @@ def lacking(manifest: Manifest, ids: Ids) -> str:
 
 
 def check_sizes(config: Config, pictures: int, ranks: int) -> None:
-    """Refuse a batch or a warm-up that the data, the ranks or the epochs are too few for."""
-    batch, warmup, epochs = config.train.batch_size, config.optim.warmup_epochs, config.train.epochs
+    """Refuse a batch that the data or the ranks are too few for."""
+    batch = config.train.batch_size
     if batch < ranks:
         raise AutodoError(f"train.batch_size = {batch}: less than one picture for each of {ranks} ranks; raise it")
     if pictures < batch:
@@ -126,22 +142,63 @@ def check_sizes(config: Config, pictures: int, ranks: int) -> None:
             f"train.batch_size = {batch}: more than the {pictures} train pictures that data.imbalance_ratio and "
             "data.validation_fraction leave; lower it"
         )
-    if warmup >= epochs:
-        raise AutodoError(f"optim.warmup_epochs = {warmup:g}: not below train.epochs = {epochs}; lower it")
-    if config.learn.anything and config.hyper.start_epoch >= epochs:
-        raise AutodoError(
-            f"hyper.start_epoch = {config.hyper.start_epoch}: not below train.epochs = {epochs}, so that nothing would "
-            "be learnt; lower it, or switch off learn.augment, learn.weight and learn.soft_label"
+
+
+def build_pictures(config: Config) -> Pictures:
+    """What becomes of pictures on their way to the encoder."""
+    if config.compat is not None:
+        return Pictures(compat.warp, compat.resample)
+    return Pictures(functools.partial(warp.augment, mean=config.data.mean, std=config.data.std))
+
+
+def operations(config: Config) -> tuple[str, ...]:
+    """The learnt operations; none where augmentation is not learnt."""
+    if config.learn.augment == "none":
+        return ()
+    return (*warp.AFFINE, *warp.COLOR) if config.learn.color else warp.AFFINE
+
+
+def build_solve(config: Config, head: torch.nn.Linear, ranks: int) -> Solve:
+    """How the inverse Hessian is applied, with the fallback for a batch too large to gather, and the cheaper space."""
+    hyper, batch = config.hyper, config.train.batch_size
+    solver = config.solver
+    if solver != hyper.solver:
+        log.warning(
+            "hyper.solver = fisher: a batch of %d is more than hyper.most_gathered = %d; cg takes its place",
+            batch,
+            hyper.most_gathered,
         )
+    if hyper.curvature == "per_rank":
+        batch, ranks = -(-batch // ranks), 1
+    products = hyper.cg_iterations if solver == "cg" else hyper.terms + hyper.power_iterations
+    space = solvers.cheaper_space(batch, ranks, head.out_features, head.in_features + 1, products)
+    return Solve(
+        solver=solver,
+        terms=hyper.terms,
+        power_iterations=hyper.power_iterations,
+        step=hyper.neumann_step,
+        factor=config.compat is None,
+        hessian=hyper.hessian,
+        damping=hyper.damping,
+        cg_iterations=hyper.cg_iterations,
+        cg_tolerance=hyper.cg_tolerance,
+        curvature=hyper.curvature,
+        space=space if batch <= hyper.most_gathered else "parameter",
+    )
 
 
 def build_hyper(
-    config: Config, manifest: Manifest, split: Split, schedule: Callable[..., float], ranks: Ranks
+    config: Config,
+    manifest: Manifest,
+    split: Split,
+    head: torch.nn.Linear,
+    schedule: Callable[..., float],
+    ranks: Ranks,
 ) -> Hyper:
     """The tables of the train part's ids and the settings of a hyper step."""
-    classes = len(manifest.classes)
-    learn, hyper = config.learn, config.hyper
-    layout = Layout(learn.augment, learn.weight, classes if learn.soft_label else 0, learn.smoothing)
+    learn, hyper, dtype = config.learn, config.hyper, DTYPES[config.train.precision]
+    classes = len(manifest.classes) if learn.soft_label else 0
+    layout = Layout(learn.augment, operations(config), learn.weight, classes, learn.smoothing)
     return Hyper(
         parameters=Hyperparameters(
             layout,
@@ -149,12 +206,15 @@ def build_hyper(
             split.label_N,
             ranks,
             Rmsprop(hyper.decay, hyper.eps),
-            DTYPES[config.train.precision],
+            dtype,
             hyper.most_bad_rows,
         ),
-        solve=Solve(hyper.solver, hyper.terms, hyper.power_iterations),
+        solve=build_solve(config, head, ranks.ranks),
+        way=hyper.way,
         lr=functools.partial(schedule, peak=hyper.lr),
         start_epoch=hyper.start_epoch,
+        validation_every=hyper.validation_every,
+        valid_grad_CD=torch.zeros(head.out_features, head.in_features + 1, dtype=dtype, device=ranks.device),
     )
 
 
@@ -208,7 +268,7 @@ def build_loaders(config: Config, manifest: Manifest, split: Split, ranks: Ranks
         threads=data.threads,
     )
     batch = config.train.batch_size
-    draws = warp.DRAWS if config.learn.augment != "none" else 0
+    draws = 2 * len(operations(config))
     # A small validation part is one batch; without any, the run learns nothing and this loader is not used.
     validation_batch = max(1, min(batch, len(split.validation)))
     return Loaders(

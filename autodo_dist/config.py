@@ -32,6 +32,7 @@ FREE_AT_RESUME = (
     "train.log_every",
     "checkpoint",
     "launch",
+    "hyper.most_bad_rows",
 )
 
 # A fork may differ from the run that it starts from in these as well.
@@ -131,7 +132,11 @@ class Learn(Section):
     augment: Literal["none", "shared", "per_sample"] = Field(
         "none", description="λ^A: gates and magnitudes of seven affine operations, one set for all samples or one each"
     )
+    color: bool = Field(
+        False, description="brightness, contrast and saturation beside the affine operations of learn.augment"
+    )
     weight: bool = Field(False, description="λ^W: a loss weight per sample")
+    normalize_weights: bool = Field(False, description="divide the weights by their mean over the global batch")
     soft_label: bool = Field(False, description="λ^S: a soft label per sample")
     loss: Literal["symmetric_kl", "kl"] = Field(
         "symmetric_kl", description="loss between prediction and soft label; without soft labels it is cross entropy"
@@ -149,9 +154,41 @@ class Hyper(Section):
     lr: float = Field(0.05, gt=0, description="peak learning rate of RMSprop on the rows; the paper: 0.01 on ImageNet")
     decay: float = Field(0.99, gt=0, lt=1, description="ρ of RMSprop's second moment")
     eps: float = Field(1e-8, gt=0, description="ε of RMSprop")
-    solver: Literal["identity", "neumann"] = Field("neumann", description="how the inverse Hessian is applied")
-    terms: int = Field(5, ge=0, description="T, Hessian products of the Neumann sum")
-    power_iterations: int = Field(5, ge=1, description="Hessian products that estimate its largest eigenvalue")
+    way: Literal["separate", "shared"] = Field(
+        "shared",
+        description="separate: hyper passes of their own, in eval mode (the paper); shared: the task step's forward "
+        "serves both",
+    )
+    validation_every: int = Field(1, ge=1, description="hyper steps between renewals of the validation gradient")
+    solver: Literal["identity", "neumann", "cg", "fisher"] = Field(
+        "neumann",
+        description="how the inverse Hessian is applied; cg: conjugate gradients on Gauss-Newton + damping; fisher: "
+        "empirical Fisher matrix + damping, with the rank-one hypergradient of appendix C",
+    )
+    curvature: Literal["global", "per_rank"] = Field(
+        "global", description="the Hessian of the global batch, or of each rank's part of it, without communication"
+    )
+    hessian: Literal["gauss_newton", "exact"] = Field(
+        "gauss_newton",
+        description="neumann: what it inverts; the symmetric KL's exact Hessian is indefinite away from p = q, and a "
+        "long series grows there",
+    )
+    terms: int = Field(5, ge=0, description="neumann: T, Hessian products of the sum")
+    neumann_step: float | None = Field(
+        None, gt=0, description="neumann: α; null: 1 / the largest eigenvalue, from a few power iterations"
+    )
+    power_iterations: int = Field(5, ge=1, description="neumann: products that estimate the largest eigenvalue")
+    damping: float = Field(
+        1e-3, gt=0, description="cg, fisher: μ, added to the curvature, which is singular without; cg: >= weight decay"
+    )
+    cg_iterations: int = Field(20, ge=1, description="cg: most products")
+    cg_tolerance: float = Field(1e-3, gt=0, lt=1, description="cg: ends at this share of the first residual")
+    most_gathered: int = Field(
+        4096,
+        ge=1,
+        description="largest batch whose features are gathered on every rank; above it neumann and cg iterate in "
+        "parameter space, and fisher becomes cg",
+    )
     most_bad_rows: int = Field(100, ge=0, description="row gradients that may be infinite or NaN before the run stops")
 
 
@@ -170,7 +207,27 @@ class Launch(Section):
     )
 
 
+# What `compat` changes beside the warp, θ without bias and the Neumann sum without its factor; a setting in the file
+# comes before.
+COMPAT: dict[str, dict[str, dict[str, Any]]] = {
+    "autodo2021": {
+        "learn": {"smoothing": 0.05},
+        "hyper": {
+            "way": "separate",
+            "solver": "neumann",
+            "hessian": "exact",
+            "terms": 5,
+            "neumann_step": 0.01,
+        },
+    }
+}
+
+
 class Config(Section):
+    compat: Literal["autodo2021"] | None = Field(
+        None,
+        description="autodo2021: what changes numbers in the original code, to tell a reproduction (docs/method.md)",
+    )
     run: Run = Run()
     data: Data
     model: Model = Model()
@@ -180,6 +237,21 @@ class Config(Section):
     hyper: Hyper = Hyper()
     checkpoint: Checkpoint = Checkpoint()
     launch: Launch = Launch()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _compat(cls, tree: Any) -> Any:
+        """Lay the settings of `compat` under those that are given."""
+        presets = COMPAT.get(str(tree.get("compat")), {}) if isinstance(tree, dict) else {}
+        laid = {name: {**preset, **tree.get(name, {})} for name, preset in presets.items() if _mapping(tree, name)}
+        return {**tree, **laid} if laid else tree
+
+    @property
+    def solver(self) -> Literal["identity", "neumann", "cg", "fisher"]:
+        """The solver that serves: cg in place of fisher where the batch is too large to be gathered."""
+        per_rank = self.launch.nodes * self.launch.ranks_per_node if self.hyper.curvature == "per_rank" else 1
+        large = -(-self.train.batch_size // per_rank) > self.hyper.most_gathered
+        return "cg" if self.hyper.solver == "fisher" and large else self.hyper.solver
 
     @property
     def folder(self) -> Path:
@@ -220,11 +292,44 @@ def check_config(tree: Any, source: str) -> Config:
     if not isinstance(tree, dict):
         raise AutodoError(f"config {source}: holds no settings; write sections such as `data:` and `train:`")
     try:
-        return Config.model_validate(tree)
+        config = Config.model_validate(tree)
     except ValidationError as error:
         first, rest = error.errors()[0], error.error_count() - 1
         more = f" (and {rest} more)" if rest else ""
         raise AutodoError(f"config {source}: {_explain(first)}{more}") from error
+    check_consistent(config)
+    return config
+
+
+def check_consistent(config: Config) -> None:
+    """AutodoError for settings that contradict each other, whatever the data."""
+    learn, hyper, epochs, warmup = config.learn, config.hyper, config.train.epochs, config.optim.warmup_epochs
+    if warmup >= epochs:
+        raise AutodoError(f"optim.warmup_epochs = {warmup:g}: not below train.epochs = {epochs}; lower it")
+    if learn.color and learn.augment == "none":
+        raise AutodoError(
+            "learn.color = true: a part of learnt augmentation; set learn.augment to shared or per_sample"
+        )
+    if learn.color and config.compat is not None:
+        raise AutodoError("learn.color = true: not in the original code; set compat to null, or learn.color=false")
+    if learn.normalize_weights and not learn.weight:
+        raise AutodoError("learn.normalize_weights = true: there are no weights; set learn.weight=true too")
+    if not learn.anything:
+        return
+    if hyper.start_epoch >= epochs:
+        raise AutodoError(
+            f"hyper.start_epoch = {hyper.start_epoch}: not below train.epochs = {epochs}, so that nothing would "
+            "be learnt; lower it, or switch off learn.augment, learn.weight and learn.soft_label"
+        )
+    if config.solver == "cg" and hyper.damping < config.optim.weight_decay:
+        raise AutodoError(
+            f"hyper.damping = {hyper.damping:g}: below optim.weight_decay = {config.optim.weight_decay:g}, which is "
+            "part of the Hessian that cg inverts; raise it"
+        )
+
+
+def _mapping(tree: dict[str, Any], name: str) -> bool:
+    return isinstance(tree.get(name, {}), dict)
 
 
 def settings(section: type[BaseModel] = Config, prefix: str = "") -> dict[str, FieldInfo]:

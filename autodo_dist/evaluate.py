@@ -26,7 +26,7 @@ def evaluate(
     for batch in loader.batches(epoch=0):
         if not len(batch):
             continue
-        logits_BC = module(batch.images_BCHW.to(dtype))
+        _, logits_BC = module(batch.images_BCHW.to(dtype))
         loss += F.cross_entropy(logits_BC, batch.labels_B, reduction="sum")
         hits_B = (logits_BC.argmax(1) == batch.labels_B).double()
         counts_C2.index_add_(0, batch.labels_B, torch.stack([hits_B, torch.ones_like(hits_B)], 1))

@@ -32,6 +32,7 @@ class Layout:
     """
 
     augment: Augment
+    operations: tuple[str, ...]
     weight: bool
     classes: int  # 0 where soft labels are not learnt
     smoothing: float
@@ -39,7 +40,7 @@ class Layout:
     @property
     def widths(self) -> dict[str, int]:
         """Columns of each group, in their order."""
-        gates = warp.K if self.augment == "per_sample" else 0
+        gates = len(self.operations) if self.augment == "per_sample" else 0
         return {
             "gate_logit": gates,
             "magnitude_logit": gates,
@@ -75,6 +76,9 @@ class Layout:
         return values
 
 
+BLOCK = 1 << 14  # rows that are looked at together
+
+
 class Hyperparameters:
     """The learnt hyperparameters of a run's train samples. Every method is a collective: every rank must call it."""
 
@@ -92,7 +96,8 @@ class Hyperparameters:
         self.layout, self.label_N, self.ranks, self.most_bad_rows = layout, label_N, ranks, most_bad_rows
         self.table = RowTable(ids, lambda mine: layout.start(label_N[mine], dtype), ranks, rule)
         gate, magnitude = warp.start_logits()
-        self.shared = SharedRow(torch.tensor([gate] * warp.K + [magnitude] * warp.K, dtype=dtype), ranks, rule)
+        operations = len(layout.operations)
+        self.shared = SharedRow(torch.tensor([gate] * operations + [magnitude] * operations, dtype=dtype), ranks, rule)
         self.bad_rows = 0
 
     def fetch(self, ids_B: torch.Tensor) -> Rows:
@@ -110,11 +115,14 @@ class Hyperparameters:
         """
         rows_BP = self.layout.join(grads, len(ids_B))
         finite_B = rows_BP.isfinite().all(1)
+        gates = [part for part in (grads.gate_logit, grads.magnitude_logit) if part is not None]
+        for part in gates:  # shared ones have no columns in a row
+            finite_B &= part.isfinite().all(1)
         self._count_bad(ids_B[~finite_B], step)
         if self.layout.width:
             self.table.apply_grads(ids_B[finite_B], rows_BP[finite_B], lr=lr, step=step)
-        if grads.gate_logit is not None and grads.magnitude_logit is not None and self.layout.augment == "shared":
-            self.shared.apply_grad(torch.cat([grads.gate_logit, grads.magnitude_logit]), lr=lr, step=step)
+        if self.layout.augment == "shared" and gates:
+            self.shared.apply_grad(torch.cat(gates, 1)[finite_B].sum(0), lr=lr, step=step)
 
     def _count_bad(self, ids: torch.Tensor, step: int) -> None:
         bad = int(self.ranks.sum(torch.tensor(len(ids), device=self.ranks.device)))
@@ -145,23 +153,29 @@ class Hyperparameters:
 
     def _suggestions(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Weight, likeliest label, its probability of this rank's rows; 1, the given label and 1 where not learnt."""
-        groups = self.layout.split(self.table.value_nP)
-        given_n = torch.from_numpy(self.label_N[self.table.my_ids]).to(self.ranks.device, torch.int64)
-        weight_n = share_n = torch.ones(len(given_n), dtype=torch.float64, device=self.ranks.device)
-        if "weight_logit" in groups:
-            weight_n = losses.weight(groups["weight_logit"])
-        if "soft_logit" in groups:
-            share_n, given_n = torch.softmax(groups["soft_logit"], 1).max(1)
-        return weight_n, given_n, share_n
+        label_n = torch.from_numpy(self.label_N[self.table.my_ids]).to(self.ranks.device, torch.int64)
+        weight_n = torch.ones(len(label_n), dtype=torch.float64, device=self.ranks.device)
+        share_n = torch.ones_like(weight_n)
+        for start in range(0, len(label_n), BLOCK):
+            part = slice(start, start + BLOCK)
+            groups = self.layout.split(self.table.value_nP[part])
+            if "weight_logit" in groups:
+                weight_n[part] = losses.weight(groups["weight_logit"]).double()
+            if "soft_logit" in groups:
+                share, label_n[part] = torch.softmax(groups["soft_logit"], 1).max(1)
+                share_n[part] = share.double()
+        return weight_n, label_n, share_n
 
     def state(self) -> dict[str, Any]:
         """Everything that a resume needs."""
-        return {"rows": self.table.state(), "shared": self.shared.state()}
+        bad_rows = torch.tensor(self.bad_rows)
+        return {"rows": self.table.state(), "shared": self.shared.state(), "bad_rows": bad_rows}
 
     def restore(self, state: dict[str, Any]) -> None:
         """Take back what `state` gave, on any number of ranks."""
         self.table.restore(state["rows"])
         self.shared.restore(state["shared"])
+        self.bad_rows = int(state["bad_rows"])
 
 
 class SharedRow:

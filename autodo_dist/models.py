@@ -16,16 +16,16 @@ from autodo_dist.errors import AutodoError
 
 
 class Classifier(nn.Module):
-    """logits_BC = head(encoder(images_BCHW)); `head` is the last linear layer, on D features."""
+    """features_BD = encoder(images_BCHW), logits_BC = head(features_BD); `head` is the last linear layer."""
 
     def __init__(self, encoder: nn.Module, head: nn.Linear) -> None:
         super().__init__()
         self.encoder, self.head = encoder, head
 
-    def forward(self, images_BCHW: torch.Tensor) -> torch.Tensor:
-        """Logits of a batch of normalised pictures."""
-        logits: torch.Tensor = self.head(self.encoder(images_BCHW))
-        return logits
+    def forward(self, images_BCHW: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Features and logits of a batch of normalised pictures."""
+        features_BD = self.encoder(images_BCHW)
+        return features_BD, self.head(features_BD)
 
 
 def build_model(name: str, classes: int, seed: int) -> Classifier:

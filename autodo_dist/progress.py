@@ -15,6 +15,7 @@ from autodo_dist.config import FREE_AT_FORK, Config, differences
 from autodo_dist.errors import AutodoError
 from autodo_dist.parallel import checkpoint
 from autodo_dist.parallel.comm import Ranks
+from autodo_dist.steps import FIGURES
 
 log = logging.getLogger(__name__)
 
@@ -27,18 +28,21 @@ class Progress:
     pass_: Literal["hyper", "task"] = "hyper"  # of the present epoch; one without a hyper pass skips it
     position: int = 0  # steps done in this pass
     step: int = 0  # steps done in all, of both kinds
-    hyper_steps: int = 0  # those of hyper passes
+    hyper_steps: int = 0  # steps that changed rows
     lines: int = 0  # lines of metrics.jsonl
     sums: list[list[float]] = field(default_factory=list)  # every rank's running sums since the last of those lines
     seconds: dict[str, float] = field(default_factory=dict)
     last: dict[str, Any] = field(default_factory=dict)  # newest evaluation
     best: dict[str, Any] = field(default_factory=dict)  # the evaluation with the best validation accuracy
+    best_test: float | None = None  # the best test accuracy of all evaluations
 
 
 def tensors(parts: Parts) -> dict[str, Any]:
     """Every tensor that a resume needs. Every rank must call this."""
-    hyper = {"hyper": parts.hyper.parameters.state()} if parts.hyper is not None else {}
-    return parts.engine.state() | hyper
+    if parts.hyper is None:
+        return parts.engine.state()
+    hyper = parts.hyper.parameters.state() | {"valid_grad": parts.hyper.valid_grad_CD}
+    return parts.engine.state() | {"hyper": hyper}
 
 
 def resume(config: Config, parts: Parts, ranks: Ranks) -> tuple[Progress, torch.Tensor]:
@@ -46,7 +50,7 @@ def resume(config: Config, parts: Parts, ranks: Ranks) -> tuple[Progress, torch.
 
     Every rank must call this.
     """
-    sums = torch.zeros(3, dtype=torch.float64, device=ranks.device)
+    sums = torch.zeros(len(FIGURES), dtype=torch.float64, device=ranks.device)
     path = checkpoint.newest(config.folder / "checkpoints", ranks)
     if path is None:
         return (fork(config, parts, ranks) if config.run.fork else Progress()), sums
@@ -82,6 +86,10 @@ def fork(config: Config, parts: Parts, ranks: Ranks) -> Progress:
     saved = Progress(**checkpoint.restore(path, state, ranks))
     if saved.pass_ != "hyper" or saved.position:
         raise AutodoError(f"run.fork = {config.run.fork}: inside an epoch; choose a checkpoint of an epoch's end")
+    if saved.epoch >= config.train.epochs:
+        raise AutodoError(
+            f"run.fork = {config.run.fork}: at the end of training; choose a checkpoint of an earlier epoch"
+        )
     parts.engine.restore(state)
     if ranks.main:
         log.info("forked from %s, after %d epochs", path, saved.epoch)

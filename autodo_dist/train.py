@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import time
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -12,9 +13,9 @@ import psutil
 import torch
 
 from autodo_dist import run_folder
-from autodo_dist.build import Hyper, Parts, build, choose_device
+from autodo_dist.build import Parts, build, choose_device
 from autodo_dist.config import Config
-from autodo_dist.data.loader import endless
+from autodo_dist.data.loader import Batch, Loader, endless
 from autodo_dist.data.manifest import read_manifest
 from autodo_dist.errors import AutodoError
 from autodo_dist.evaluate import evaluate
@@ -23,18 +24,14 @@ from autodo_dist.metrics import Clock, Interval, MetricsFile, ProgressBar, conso
 from autodo_dist.parallel import checkpoint, comm
 from autodo_dist.parallel.comm import Ranks
 from autodo_dist.progress import Progress, resume, tensors
-from autodo_dist.steps import hyper_step, task_step
+from autodo_dist.steps import FIGURES, hyper_step, renew_validation, shared_step, task_step
 
 log = logging.getLogger(__name__)
 
 
 @dataclass
 class Run:
-    """A run under way on this rank.
-
-    `sums` are running sums since the last line of metrics: of a task pass loss, hits and pictures, of a hyper pass
-    cosine, largest eigenvalue and steps.
-    """
+    """A run under way on this rank. `sums` are those of steps.FIGURES since the last line of metrics."""
 
     config: Config
     ranks: Ranks
@@ -79,15 +76,21 @@ def loop(run: Run) -> None:
     progress, epochs = run.progress, run.config.train.epochs
     while progress.epoch < epochs:
         if progress.pass_ == "hyper":
-            if run.parts.hyper is not None and progress.epoch >= run.parts.hyper.start_epoch:
-                hyper_pass(run, run.parts.hyper)
+            if learning(run, "separate"):
+                hyper_pass(run)
             progress.pass_, progress.position = "task", 0
-        task_pass(run)
+        shared_pass(run) if learning(run, "shared") else task_pass(run)
         progress.epoch, progress.pass_, progress.position = progress.epoch + 1, "hyper", 0
         if progress.epoch % run.config.train.evaluate_every == 0 or progress.epoch == epochs:
             evaluate_parts(run)
         save(run)
     summarise(run)
+
+
+def learning(run: Run, way: str) -> bool:
+    """Whether this epoch's rows are learnt in that way."""
+    hyper = run.parts.hyper
+    return hyper is not None and hyper.way == way and run.progress.epoch >= hyper.start_epoch
 
 
 def task_pass(run: Run) -> None:
@@ -97,27 +100,61 @@ def task_pass(run: Run) -> None:
     interval = Interval(run.clock)
     for batch in run.clock.waiting(task.batches(progress.epoch, progress.position)):
         with run.clock.phase("task"):
-            run.sums += task_step(run.parts, batch, progress.epoch * task.steps + progress.position, run.ranks)
+            run.sums += task_step(run.parts, batch, steps_done(run), run.ranks)
         after_step(run, interval, task.steps)
 
 
-def hyper_pass(run: Run, hyper: Hyper) -> None:
+def hyper_pass(run: Run) -> None:
     """The hyper steps of an epoch that are still to be done. The model is in eval mode and stays as it is."""
-    progress, loaders = run.progress, run.parts.loaders
-    run.parts.engine.share_buffers()
-    run.parts.model.eval()
+    progress, parts, hyper = run.progress, run.parts, run.parts.hyper
+    assert hyper is not None
+    parts.engine.share_buffers()
+    parts.model.eval()
     interval = Interval(run.clock)
-    batches = zip(
-        loaders.hyper.batches(progress.epoch, progress.position),
-        endless(loaders.hyper_validation, progress.hyper_steps),
-        strict=False,
-    )
-    for batch, validation in run.clock.waiting(batches):
+    for batch, validation in run.clock.waiting(with_validation(run, parts.loaders.hyper)):
         with run.clock.phase("hyper"):
-            lr = hyper.lr(progress.epoch * loaders.hyper.steps + progress.position)
+            if validation is not None:
+                renew_validation(parts, hyper, validation, run.ranks)
             progress.hyper_steps += 1
-            run.sums += hyper_step(run.parts, hyper, batch, validation, lr, progress.hyper_steps, run.ranks)
-        after_step(run, interval, loaders.hyper.steps)
+            lr = hyper.lr(steps_done(run))
+            run.sums += hyper_step(parts, hyper, batch, lr, progress.hyper_steps, run.ranks)
+        after_step(run, interval, parts.loaders.hyper.steps)
+
+
+def shared_pass(run: Run) -> None:
+    """The task steps of an epoch that are still to be done, each with a hyper step from its own forward."""
+    progress, parts, hyper = run.progress, run.parts, run.parts.hyper
+    assert hyper is not None
+    parts.model.train()
+    interval = Interval(run.clock)
+    for batch, validation in run.clock.waiting(with_validation(run, parts.loaders.task)):
+        with run.clock.phase("task"):
+            if validation is not None:
+                renew_validation(parts, hyper, validation, run.ranks)
+            progress.hyper_steps += 1
+            done = steps_done(run)
+            run.sums += shared_step(parts, hyper, batch, done, hyper.lr(done), progress.hyper_steps, run.ranks)
+        after_step(run, interval, parts.loaders.task.steps)
+
+
+def steps_done(run: Run) -> int:
+    """The schedule's time: steps up to here of one pass an epoch, whether all were made or not."""
+    return run.progress.epoch * run.parts.loaders.task.steps + run.progress.position
+
+
+def with_validation(run: Run, loader: Loader) -> Iterator[tuple[Batch, Batch | None]]:
+    """The rest of a pass, each batch with a validation batch where the validation gradient is to be renewed.
+
+    That is at the pass's first step, as the model has changed since, and every `validation_every` steps from there on.
+    """
+    progress, hyper = run.progress, run.parts.hyper
+    assert hyper is not None
+    every, start = hyper.validation_every, progress.position
+    passes = (progress.hyper_steps - start) // loader.steps
+    renewals = passes * -(-loader.steps // every) + -(-start // every)
+    validations = endless(run.parts.loaders.hyper_validation, renewals)
+    for position, batch in enumerate(loader.batches(progress.epoch, start), start=start):
+        yield batch, next(validations) if position % every == 0 else None
 
 
 def after_step(run: Run, interval: Interval, steps: int) -> None:
@@ -148,6 +185,8 @@ def evaluate_parts(run: Run) -> None:
     validation = row["validation_accuracy"]
     if validation is not None and validation > progress.best.get("validation_accuracy", -1.0):
         progress.best = row
+    if row["test_accuracy"] is not None:
+        progress.best_test = max(row["test_accuracy"], progress.best_test or 0.0)
     if run.metrics is not None:
         run.metrics.write(row)
         log.info(
@@ -162,21 +201,24 @@ def evaluate_parts(run: Run) -> None:
 def write_line(run: Run, interval: Interval, last: bool) -> None:
     """Add a line of metrics about the steps since the last one; `last` in its pass. Every rank must call this."""
     progress, parts = run.progress, run.parts
-    one, two, count = run.ranks.sum(run.sums).tolist()
-    if not math.isfinite(one):
-        raise AutodoError(f"step {progress.step}: the loss is {one}; lower optim.lr, and delete the run folder")
+    sums = dict(zip(FIGURES, run.ranks.sum(run.sums).tolist(), strict=True))
+    if not math.isfinite(sums["loss"]):
+        raise AutodoError(
+            f"step {progress.step}: the loss is {sums['loss']}; lower optim.lr, and delete the run folder"
+        )
     run.sums.zero_()
     seconds, wait = interval.read()
     waits, memories = zip(*run.ranks.gather((wait, peak_memory(run.ranks.device))), strict=True)
     row: dict[str, Any] = {"kind": progress.pass_, "step": progress.step}
-    steps = parts.loaders.task.steps  # the hyper pass has as many
-    done = progress.epoch * steps + progress.position
-    row["epoch"] = done / steps
-    if progress.pass_ == "task":
-        row |= {"loss": one / count, "accuracy": two / count, "lr": parts.lr(done - 1)}
-    elif parts.hyper is not None:
-        eigenvalue = two / count if math.isfinite(two) else None  # the identity solver has none
-        row |= {"cosine": one / count, "largest_eigenvalue": eigenvalue, "lr": parts.hyper.lr(done - 1)}
+    row["epoch"] = steps_done(run) / parts.loaders.task.steps
+    if sums["pictures"]:
+        row |= {name: sums[key] / sums["pictures"] for name, key in (("loss", "loss"), ("accuracy", "hits"))}
+        row["lr"] = parts.lr(steps_done(run) - 1)
+    if sums["hyper_steps"] and parts.hyper is not None:
+        row["cosine"] = sums["cosine"] / sums["hyper_steps"]
+        if parts.hyper.solve.solver == "neumann":
+            row["largest_eigenvalue"] = sums["largest_eigenvalue"] / sums["hyper_steps"]
+        row["hyper_lr"] = parts.hyper.lr(steps_done(run) - 1)
         row |= parts.hyper.parameters.facts() if last else {}
     row |= {
         "seconds": seconds,
@@ -212,7 +254,7 @@ def summarise(run: Run) -> None:
         return
     if hyper is not None:
         run_folder.write_labels(run.config.folder, labels, run.parts.manifest)
-    summary = {
+    summary: dict[str, Any] = {
         "test_accuracy_final": last["test_accuracy"],
         "test_accuracy_selected": best.get("test_accuracy"),
         "selected_epoch": best.get("epoch"),
@@ -223,13 +265,16 @@ def summarise(run: Run) -> None:
         "seconds_total": sum(run.clock.seconds.values()),
         "seconds": run.clock.seconds,
     }
+    if run.config.compat is not None:  # chosen by the test part itself, as the original code's tables are
+        summary["test_accuracy_best_epoch"] = run.progress.best_test
     write_json(run.config.folder / "summary.json", summary)
     log.info("finished: test accuracy %s; see %s", percent(last["test_accuracy"]), run.config.folder)
 
 
 def total_steps(config: Config, parts: Parts) -> int:
     """Steps of all passes of the run."""
-    hyper_epochs = 0 if parts.hyper is None else config.train.epochs - parts.hyper.start_epoch
+    separate = parts.hyper is not None and parts.hyper.way == "separate"
+    hyper_epochs = config.train.epochs - config.hyper.start_epoch if separate else 0
     return config.train.epochs * parts.loaders.task.steps + hyper_epochs * parts.loaders.hyper.steps
 
 

@@ -7,28 +7,20 @@ stop, this goes on, and finished runs are only read.
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import statistics
-import subprocess
 import sys
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from autodo_dist import run_folder
-from autodo_dist.config import load_config
-from autodo_dist.data.manifest import read_manifest
 from autodo_dist.errors import AutodoError
-from autodo_dist.files import read_json
+from benchmarks.runs import run_all, summary, test_error, write_rows
 
-ROOT = Path(__file__).resolve().parent.parent
-CONFIG = ROOT / "configs/digits.yaml"
 DISTORTIONS = ((10, 0.1), (1, 0.4))  # imbalance ratio, label noise
 METHODS = {"plain": ("learn.augment=none", "learn.weight=false", "learn.soft_label=false"), "AutoDO": ()}
 QUICK = ("train.epochs=2", "optim.warmup_epochs=1", "hyper.start_epoch=1", "hyper.terms=5")
@@ -52,7 +44,7 @@ class Cell:
         """Its settings, over configs/digits.yaml."""
         distortion = (f"data.imbalance_ratio={self.imbalance}", f"data.label_noise={self.noise}")
         seeds = (f"data.split_seed={self.seed}", f"train.seed={self.seed}")
-        place = (f"run.root={root}", f"run.name={self.name}", "launch.ranks_per_node=1")
+        place = (f"run.root={root}", f"run.name={self.name}")
         return [*place, *distortion, *seeds, *METHODS[self.method]]
 
 
@@ -71,49 +63,24 @@ def main(
     seeds, root = (2, root / "quick") if quick else (seeds, root)
     cells = [Cell(*them, method, seed) for them in DISTORTIONS for seed in range(seeds) for method in METHODS]
     laid_over = [*(QUICK if quick else ()), *(words or ())]
-    with ThreadPoolExecutor(jobs) as executor:
-        futures = [executor.submit(train, cell, root, laid_over) for cell in cells]
-        try:
-            summaries = {cell: future.result() for cell, future in zip(cells, futures, strict=True)}
-        except BaseException:
-            executor.shutdown(cancel_futures=True)
-            raise
-    rows = figures(summaries, jobs)
+    folders = run_all({cell: [*cell.words(root), *laid_over] for cell in cells}, jobs)
+    rows = figures(folders, jobs)
     text = table(rows, seeds)
     print(text)
     if json_file is not None:
-        json_file.parent.mkdir(parents=True, exist_ok=True)
-        json_file.write_text(json.dumps(rows, indent=1) + "\n")
+        write_rows(json_file, rows)
     if readme is not None:
         readme.write_text(between_marks(readme.read_text(), text))
 
 
-def train(cell: Cell, root: Path, words: Sequence[str]) -> dict[str, Any]:
-    """The summary of a finished run, after training it as far as that is still to be done."""
-    words = [*cell.words(root), *words]
-    config = load_config(CONFIG, words)
-    run_folder.check_same_run(config, read_manifest(config.data.root).checksum)
-    if not run_folder.finished(config.folder):
-        log = root / f"{cell.name}.log"
-        root.mkdir(parents=True, exist_ok=True)
-        command = [sys.executable, str(ROOT / "launcher/submit.py"), "--config", str(CONFIG), *words]
-        with log.open("w") as file:
-            done = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, check=False)
-        if done.returncode:
-            raise AutodoError(f"run {cell.name}: failed, see {log}: {log.read_text().strip().splitlines()[-1]}")
-    summary = read_json(config.folder / "summary.json")
-    print(f"{cell.name}: test error {100 * (1 - summary['test_accuracy_final']):.2f} %", file=sys.stderr)
-    return summary
-
-
-def figures(summaries: dict[Cell, dict[str, Any]], jobs: int) -> list[dict[str, Any]]:
+def figures(folders: dict[Cell, Path], jobs: int) -> list[dict[str, Any]]:
     """Mean and standard deviation over seeds of the last epoch's test error, and of its paired difference; minutes."""
     rows: list[dict[str, Any]] = []
     for imbalance, noise in DISTORTIONS:
         errors = {
             method: [
-                100 * (1 - summary["test_accuracy_final"])
-                for cell, summary in summaries.items()
+                test_error(folder)
+                for cell, folder in folders.items()
                 if (cell.imbalance, cell.noise, cell.method) == (imbalance, noise, method)
             ]
             for method in METHODS
@@ -125,7 +92,8 @@ def figures(summaries: dict[Cell, dict[str, Any]], jobs: int) -> list[dict[str, 
             rows.append(
                 {"name": name, "value": statistics.mean(values), "unit": "%", "bar": None, "holds": None} | spread
             )
-    minutes = sum(summary["seconds_total"] for summary in summaries.values()) / 60 / jobs
+    seconds = [summary(folder)["seconds"] for folder in folders.values()]
+    minutes = sum(sum(phases.values()) - phases["start"] for phases in seconds) / 60 / jobs
     rows.append({"name": "time", "value": minutes, "unit": "minutes", "bar": "<= 30", "holds": minutes <= 30})
     return rows
 

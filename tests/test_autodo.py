@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import csv
+import itertools
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
+import yaml
 from ranks import RankError, RankPool
 from test_train import (
     assert_equal_states,
@@ -22,18 +24,22 @@ from test_train import (
 
 from autodo_dist.build import build
 from autodo_dist.config import check_config
+from autodo_dist.data.loader import endless
 from autodo_dist.data.manifest import read_manifest
 from autodo_dist.errors import AutodoError
 from autodo_dist.method.hypergrad import Rows
+from autodo_dist.method.solvers import Solver
 from autodo_dist.parallel import comm
-from autodo_dist.steps import hyper_step, task_step
+from autodo_dist.steps import hyper_step, renew_validation, shared_step, task_step
 
+# Conjugate gradients amplify rounding until they have converged: ranks agree on the solution, not on the way to it.
+CONVERGED = {"hyper__solver": "cg", "hyper__damping": 0.1, "hyper__cg_iterations": 500, "hyper__cg_tolerance": 1e-14}
 EVERYTHING = {"learn__augment": "per_sample", "learn__weight": True, "learn__soft_label": True}
 
 
 def learning(digits: Path, folder: Path, **changes: Any) -> dict[str, Any]:
     """Two epochs: six task steps; then six hyper steps and six task steps. Every group unless `changes` says."""
-    tree = settings(digits, folder) | {"learn": {}, "hyper": {"start_epoch": 1}}
+    tree = settings(digits, folder) | {"learn": {}, "hyper": {"start_epoch": 1, "way": "separate"}}
     for name, value in (EVERYTHING | changes).items():
         section, key = name.split("__")
         tree[section] = tree[section] | {key: value}
@@ -41,55 +47,113 @@ def learning(digits: Path, folder: Path, **changes: Any) -> dict[str, Any]:
 
 
 def pass_states(tree: dict[str, Any], steps: int) -> dict[str, torch.Tensor]:
-    """Rows, weights and facts after some hyper steps and some task steps from the start."""
+    """Rows and figures after each of some hyper steps from the start, and weights after as many task steps."""
     config = check_config(tree, "test")
     torch.set_num_threads(1)
     with comm.process_group(comm.place(), torch.device("cpu")) as ranks:
         parts = build(config, read_manifest(config.data.root), ranks)
-        assert parts.hyper is not None
-        facts = []
-        batches = zip(parts.loaders.hyper.batches(0), parts.loaders.hyper_validation.batches(0), strict=False)
+        hyper = parts.hyper
+        assert hyper is not None
+        figures, rows, unchanged = [], [], True
+        batches = [itertools.islice(loader.batches(0), steps) for loader in (parts.loaders.hyper, parts.loaders.task)]
+        validations = endless(parts.loaders.hyper_validation, 0)
         before = {name: value.clone() for name, value in parts.model.state_dict().items()}
-        parts.model.eval()
-        for step, (batch, validation) in enumerate(batches, start=1):
-            if step > steps:
-                break
-            facts.append(hyper_step(parts, parts.hyper, batch, validation, 0.05, step, ranks))
-        unchanged = all(torch.equal(value, before[name]) for name, value in parts.model.state_dict().items())
-        no_grads = all(parameter.grad is None for parameter in parts.model.parameters())
+        if hyper.way == "separate":
+            parts.model.eval()
+            for step, batch in enumerate(batches[0], start=1):
+                renew_validation(parts, hyper, next(validations), ranks)
+                figures.append(hyper_step(parts, hyper, batch, 0.05, step, ranks))
+                rows.append(torch.cat(ranks.gather(hyper.parameters.table.value_nP)))
+            unchanged = all(torch.equal(value, before[name]) for name, value in parts.model.state_dict().items())
+            unchanged &= all(parameter.grad is None for parameter in parts.model.parameters())
         parts.model.train()
-        for step, batch in enumerate(parts.loaders.task.batches(0)):
-            if step >= steps:
-                break
-            task_step(parts, batch, step, ranks)
-        rows = [part for part in ranks.gather(parts.hyper.parameters.table.value_nP) if len(part)]
+        for step, batch in enumerate(batches[1]):
+            if hyper.way == "separate":
+                task_step(parts, batch, step, ranks)
+            else:
+                renew_validation(parts, hyper, next(validations), ranks)
+                figures.append(shared_step(parts, hyper, batch, step, 0.05, step + 1, ranks))
+                rows.append(torch.cat(ranks.gather(hyper.parameters.table.value_nP)))
         return {
-            "rows": torch.cat(rows),
-            "shared": parts.hyper.parameters.shared.value_P,
-            "facts": torch.stack(facts),
-            "unchanged": torch.tensor(unchanged and no_grads),
+            "rows": torch.stack(rows),
+            "shared": hyper.parameters.shared.value_P,
+            "figures": ranks.sum(torch.stack(figures))[:, 3:5] / ranks.ranks,
+            "unchanged": torch.tensor(unchanged),
             **{f"weights.{name}": value for name, value in parts.model.state_dict().items()},
         }
 
 
-@pytest.mark.parametrize("augment", ["per_sample", "shared"])
-@pytest.mark.parametrize("solver", ["identity", "neumann"])
+@pytest.mark.parametrize(
+    ("changes", "numbers"),
+    [
+        ({}, (2, 4)),
+        ({"learn__augment": "shared"}, (3,)),
+        ({"hyper__solver": "identity"}, (3,)),
+        (CONVERGED | {"learn__normalize_weights": True}, (4,)),
+        ({"hyper__solver": "fisher", "learn__color": True}, (3,)),
+        ({"hyper__way": "shared", "learn__normalize_weights": True}, (2, 4)),
+        ({"hyper__way": "shared", "hyper__solver": "fisher", "learn__augment": "shared"}, (3,)),
+    ],
+    ids=str,
+)
 def test_steps_are_equal_on_any_number_of_ranks(
-    pool: RankPool, digits: Path, tmp_path: Path, augment: str, solver: str
+    pool: RankPool, digits: Path, tmp_path: Path, changes: dict[str, Any], numbers: tuple[int, ...]
 ) -> None:
-    """Direction, row gradients (through the rows) and weights to 1e-10 in float64, after one hyper step and several."""
-    for steps in (1, 3):
-        tree = learning(
-            digits, tmp_path / str(steps), learn__augment=augment, hyper__solver=solver, train__precision="fp64"
-        )
-        alone = pool.run(1, pass_states, tree, steps)[0]
-        assert bool(alone["unchanged"])
-        moved = alone["rows"].std(0)
-        assert (moved > 0).all()
-        for ranks in (2, 4) if augment == "per_sample" and solver == "neumann" else (3,):
-            for result in pool.run(ranks, pass_states, tree, steps):
-                for name, value in alone.items():
-                    torch.testing.assert_close(result[name], value, rtol=1e-10, atol=1e-10, equal_nan=True)
+    """Direction, row gradients (through the rows) and weights to 1e-10 in float64, after each of three hyper steps."""
+    tree = learning(digits, tmp_path, train__precision="fp64", **changes)
+    alone = pool.run(1, pass_states, tree, 3)[0]
+    assert bool(alone["unchanged"])
+    assert (alone["rows"][-1].std(0) > 0).all()
+    for ranks in numbers:
+        for result in pool.run(ranks, pass_states, tree, 3):
+            for name, value in alone.items():
+                torch.testing.assert_close(result[name], value, rtol=1e-10, atol=1e-10, equal_nan=True)
+
+
+def test_curvature_per_rank_is_another_direction(pool: RankPool, digits: Path, tmp_path: Path) -> None:
+    """On one rank it is the global one; on two it is not, and every rank still has the same weights."""
+    alike = []
+    for curvature in ("global", "per_rank"):
+        tree = learning(digits, tmp_path, train__precision="fp64", hyper__curvature=curvature)
+        alike.append((pool.run(1, pass_states, tree, 1)[0], pool.run(2, pass_states, tree, 1)))
+    (alone, _), (alone_too, (one, two)) = alike
+    torch.testing.assert_close(alone["rows"], alone_too["rows"], rtol=1e-12, atol=1e-12)
+    assert (one["figures"] - alone["figures"]).abs().max() > 1e-3
+    assert torch.equal(one["weights.head.weight"], two["weights.head.weight"])
+
+
+def same_batch_both_ways(tree: dict[str, Any]) -> list[torch.Tensor]:
+    """The rows after one step on the same batch and the same draws, each way, with the model in eval mode."""
+    found = []
+    for way in ("separate", "shared"):
+        config = check_config(tree | {"hyper": tree["hyper"] | {"way": way}}, "test")
+        with comm.process_group(comm.place(), torch.device("cpu")) as ranks:
+            parts = build(config, read_manifest(config.data.root), ranks)
+            assert parts.hyper is not None
+            batch, validation = next(parts.loaders.hyper.batches(0)), next(parts.loaders.hyper_validation.batches(0))
+            parts.model.eval()
+            renew_validation(parts, parts.hyper, validation, ranks)
+            if way == "separate":
+                hyper_step(parts, parts.hyper, batch, 0.05, 1, ranks)
+            else:
+                shared_step(parts, parts.hyper, batch, 0, 0.05, 1, ranks)
+            table = parts.hyper.parameters.table
+            found.append(torch.cat([table.second_nP, parts.hyper.parameters.shared.second_P[None]], 1)
+                         if table.second_nP.shape[1] == 14 else table.second_nP)  # fmt: skip
+    return found
+
+
+@pytest.mark.parametrize("model", ["convnet", "resnet18"])
+@pytest.mark.parametrize("solver", get_args(Solver))
+def test_shared_is_separate_where_batchnorm_is_frozen(digits: Path, tmp_path: Path, model: str, solver: str) -> None:
+    """The second moments of the rows after one step are the squares of its gradients."""
+    tree = learning(
+        digits, tmp_path, train__precision="fp64", model__name=model, train__batch_size=20, hyper__solver=solver
+    )
+    separate, shared = same_batch_both_ways(tree)
+    assert (separate != 0).any(0).all()
+    # A gradient near 0 has no more digits than the sum that it came from.
+    torch.testing.assert_close(shared.sqrt(), separate.sqrt(), rtol=1e-8, atol=1e-12 * float(separate.sqrt().max()))
 
 
 def test_a_hyper_step_leaves_batchnorm_alone(pool: RankPool, digits: Path, tmp_path: Path) -> None:
@@ -99,14 +163,31 @@ def test_a_hyper_step_leaves_batchnorm_alone(pool: RankPool, digits: Path, tmp_p
 
 @pytest.mark.parametrize(("ranks", "step"), [(1, 10), (3, 10), (2, 15)])
 def test_resume_with_tables_is_bit_exact(pool: RankPool, digits: Path, tmp_path: Path, ranks: int, step: int) -> None:
-    """Step 10 is inside the hyper pass, 15 inside the task pass after it."""
-    tree = learning(digits, tmp_path)
+    """Step 10 is inside the hyper pass, 15 inside the task pass after it; 10 between renewals of the gradient."""
+    tree = learning(digits, tmp_path, hyper__validation_every=3)
     folder = pool.run(ranks, run_train, tree)[0]
     final, metrics, labels = weights(folder, 18), lines(folder), (folder / "labels.csv").read_text()
     assert [(row["kind"], row["step"]) for row in metrics if row["kind"] == "hyper"] == [("hyper", 10), ("hyper", 12)]
     cut_back(folder, step)
     pool.run(ranks, run_train, tree)
     assert_equal_states(weights(folder, 18), final)
+    assert lines(folder) == metrics
+    assert (folder / "labels.csv").read_text() == labels
+
+
+@pytest.mark.parametrize(("ranks", "solver"), [(1, "neumann"), (2, "fisher")])
+def test_resume_of_a_shared_pass_is_bit_exact(
+    pool: RankPool, digits: Path, tmp_path: Path, ranks: int, solver: str
+) -> None:
+    """Step 10 is the fourth of its pass; the validation gradient of the third is still in use."""
+    tree = learning(digits, tmp_path, hyper__way="shared", hyper__validation_every=2, hyper__solver=solver)
+    folder = pool.run(ranks, run_train, tree)[0]
+    final, metrics, labels = weights(folder, 12), lines(folder), (folder / "labels.csv").read_text()
+    assert [row["step"] for row in metrics if "cosine" in row] == [10, 12]
+    cut_back(folder, 10)
+    (folder / "labels.csv").unlink()
+    pool.run(ranks, run_train, tree)
+    assert_equal_states(weights(folder, 12), final)
     assert lines(folder) == metrics
     assert (folder / "labels.csv").read_text() == labels
 
@@ -143,11 +224,39 @@ def test_start_values_train_as_smoothed_labels_do(digits: Path, tmp_path: Path) 
         other = build(check_config(tree | {"learn": {}}, "test"), read_manifest(digits), ranks)
         batch = next(parts.loaders.task.batches(0))
         task_step(parts, batch, 0, ranks)
-        logits = other.engine.forward(batch.images_BCHW.double())
+        _, logits = other.engine.forward(batch.images_BCHW.double())
         loss = torch.nn.functional.cross_entropy(logits, batch.labels_B, label_smoothing=0.1)
         other.engine.step(loss, other.lr(0))
         for ours, theirs in zip(parts.model.parameters(), other.model.parameters(), strict=True):
             torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-12)
+
+
+def renewed(tree: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor, bool, list[torch.Tensor]]:
+    """The validation gradient taken in train mode and in eval mode, whether the mode is as before, the statistics."""
+    with comm.process_group(comm.place(), torch.device("cpu")) as ranks:
+        parts = build(check_config(tree, "test"), read_manifest(Path(tree["data"]["root"])), ranks)
+        hyper = parts.hyper
+        assert hyper is not None
+        parts.model.train()
+        # Each rank's own pictures, so that their running statistics differ from rank to rank.
+        task_step(parts, next(parts.loaders.task.batches(0)), 0, ranks)
+        validation = next(parts.loaders.hyper_validation.batches(0))
+        renew_validation(parts, hyper, validation, ranks)
+        found, training = hyper.valid_grad_CD.clone(), parts.model.training
+        statistics = [buffer.clone() for buffer in parts.model.buffers()]
+        parts.model.eval()
+        renew_validation(parts, hyper, validation, ranks)
+        return found, hyper.valid_grad_CD, training, statistics
+
+
+def test_validation_gradient_uses_rank_0s_statistics(pool: RankPool, digits: Path, tmp_path: Path) -> None:
+    """In eval mode whatever the mode, which it leaves as it was, and without changing a statistic."""
+    tree = learning(digits, tmp_path, model__name="resnet18", train__batch_size=20, train__precision="fp64")
+    (one, again, training, statistics), (two, _, _, theirs) = pool.run(2, renewed, tree)
+    assert training
+    assert torch.equal(one, two)
+    torch.testing.assert_close(one, again, rtol=1e-12, atol=0)
+    assert all(torch.equal(ours, other) for ours, other in zip(statistics, theirs, strict=True))
 
 
 def apply_bad(tree: dict[str, Any], bad: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -176,6 +285,24 @@ def test_rows_with_nan_gradients_are_skipped_and_counted(pool: RankPool, digits:
         pool.run(2, apply_bad, tree, 3)
 
 
+def test_a_shared_row_skips_bad_samples_and_counts_them(digits: Path, tmp_path: Path) -> None:
+    """And the count goes on after a resume."""
+    tree = learning(digits, tmp_path, learn__augment="shared", learn__weight=False, learn__soft_label=False)
+    with comm.process_group(comm.Place(), torch.device("cpu")) as ranks:
+        parts = build(check_config(tree, "test"), read_manifest(digits), ranks)
+        assert parts.hyper is not None
+        parameters, ids = parts.hyper.parameters, next(parts.loaders.hyper.batches(0)).ids_B
+        grads = torch.ones(len(ids), 7)
+        grads[3, 2] = torch.nan
+        before = parameters.shared.value_P.clone()
+        parameters.apply_grads(ids, Rows(gate_logit=grads, magnitude_logit=grads), lr=0.1, step=1)
+        assert (parameters.shared.value_P < before).all()
+        state = parameters.state()
+        parameters.bad_rows = 0
+        parameters.restore(state)
+        assert parameters.bad_rows == 1
+
+
 def test_fork_starts_from_a_plain_run(digits: Path, tmp_path: Path) -> None:
     plain = settings(digits, tmp_path, run__name="plain", checkpoint__every_steps=None)
     run_train(plain)
@@ -200,6 +327,7 @@ def test_fork_starts_from_a_plain_run(digits: Path, tmp_path: Path) -> None:
         ("plain@5", {}, "inside an epoch"),
         ("plain", {}, "not of the form RUN@STEP"),
         ("nowhere@5", {}, "no run there"),
+        ("plain@12", {}, "at the end of training; choose a checkpoint of an earlier epoch"),
         ("plain@6", {"run__name": "plain"}, "made with other settings .run.fork:"),
     ],
 )
@@ -222,8 +350,49 @@ def test_bad_forks_are_refused(
         ({"data__validation_fraction": 0.0}, "validation part: no picture of class 0, 1, 2, 3, 4"),
         ({"data__validation_fraction": 0.002}, "validation part: no picture of class"),
         ({"model__name": "squeezenet1_1"}, "not in a linear layer"),
+        ({"hyper__solver": "cg", "hyper__damping": 1e-5}, "hyper.damping = 1e-05: below optim.weight_decay = 0.0001"),
+        ({"hyper__damping": 0.0}, r"hyper.damping = 0.0: input should be greater than 0 \(cg, fisher: μ, added"),
+        (
+            {"hyper__solver": "fisher", "hyper__damping": 1e-5, "hyper__most_gathered": 99},
+            "hyper.damping = 1e-05: below optim.weight_decay",
+        ),
+        ({"hyper__terms": -1}, "hyper.terms = -1: input should be greater than or equal to 0"),
+        ({"hyper__neumann_step": 1e6}, "hyper.neumann_step = 1e[+]06: the series diverges, the largest eigenvalue is"),
+        ({"learn__augment": "none", "learn__color": True}, "learn.color = true: a part of learnt augmentation"),
+        ({"learn__weight": False, "learn__normalize_weights": True}, "there are no weights; set learn.weight=true"),
     ],
 )
 def test_what_cannot_learn_is_refused(digits: Path, tmp_path: Path, changes: dict[str, Any], message: str) -> None:
     with pytest.raises(AutodoError, match=message):
         run_train(learning(digits, tmp_path, **changes))
+
+
+def test_fisher_above_the_gathering_limit_is_cg(
+    pool: RankPool, digits: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """And says so; on any number of ranks, so that their numbers agree."""
+    few = CONVERGED | {"hyper__most_gathered": 99, "train__precision": "fp64"}
+    cg, fisher = learning(digits, tmp_path, **few), learning(digits, tmp_path, **few | {"hyper__solver": "fisher"})
+    rows = [pool.run(ranks, pass_states, tree, 1)[0]["rows"] for tree, ranks in ((fisher, 1), (fisher, 2), (cg, 1))]
+    assert torch.equal(rows[0], rows[2])
+    torch.testing.assert_close(rows[1], rows[0], rtol=1e-10, atol=1e-10)
+    pass_states(fisher, 1)
+    assert "a batch of 100 is more than hyper.most_gathered = 99; cg takes its place" in caplog.text
+
+
+def test_compat_sets_what_changes_numbers(digits: Path, tmp_path: Path) -> None:
+    """A setting that is given comes before; the best epoch by test is in the summary; nothing moves the bias."""
+    tree = learning(digits, tmp_path, train__evaluate_every=1) | {"compat": "autodo2021"}
+    config = check_config(tree, "test")
+    assert config.learn.smoothing == 0.05
+    assert (config.hyper.solver, config.hyper.terms, config.hyper.neumann_step) == ("neumann", 5, 0.01)
+    given = check_config(tree | {"learn": tree["learn"] | {"smoothing": 0.2}}, "test")
+    assert given.learn.smoothing == 0.2
+    assert check_config(yaml.safe_load(config.to_yaml()), "test") == config
+    with pytest.raises(AutodoError, match="hyper = 5: input should be"):
+        check_config(tree | {"hyper": 5}, "test")
+    folder = run_train(tree)
+    summary = json.loads((folder / "summary.json").read_text())
+    tested = [row["test_accuracy"] for row in lines(folder) if row["kind"] == "evaluation"]
+    assert summary["test_accuracy_best_epoch"] == max(tested)
+    assert (weights(folder, 18)[".hyper.valid_grad"][:, -1] == 0).all()

@@ -29,6 +29,7 @@ def words(digits: Path, tmp_path: Path) -> list[str]:
     short = [
         "train.epochs=2",
         "hyper.start_epoch=1",
+        "hyper.way=separate",
         "hyper.terms=5",
         "optim.warmup_epochs=1",
         "train.batch_size=45",

@@ -141,6 +141,16 @@ def test_soft_label_derivative_against_double_backward(loss: Loss) -> None:
     assert (loss == "cross_entropy") == (not expected.any())
 
 
+@EACH
+def test_soft_label_gradient_against_autograd(loss: Loss) -> None:
+    """∂l/∂λ^S, of which the Fisher form is made."""
+    case = Case(3)
+    logits = case.logits.clone().requires_grad_()  # so that cross entropy, blind to soft labels, has a graph
+    expected = gradient(lambda s: oracle(loss, logits, case.labels, s), case.soft)
+    near(losses.soft_grad(loss, case.logits, case.soft), expected)
+    assert (loss == "cross_entropy") == (not expected.any())
+
+
 def test_spread_is_the_softmaxs_jacobian() -> None:
     case = Case(4)
     _, expected = torch.autograd.functional.jvp(lambda z: torch.softmax(z, 1), case.logits, case.zeta)
@@ -149,11 +159,12 @@ def test_spread_is_the_softmaxs_jacobian() -> None:
 
 @pytest.mark.parametrize("loss", ["kl", "symmetric_kl"])
 def test_a_label_that_agrees_with_the_prediction_has_no_loss(loss: Loss) -> None:
-    """At p = q loss and gradient are 0, and the curvature is S(p) for either divergence."""
+    """At p = q loss and gradients are 0, and the curvature is S(p) for either divergence."""
     case = Case(5)
     soft = case.logits + 3.0  # the softmax does not see a constant
     near(losses.sample_loss(loss, case.logits, case.labels, soft), torch.zeros(5, dtype=torch.float64))
     near(losses.logit_grad(loss, case.logits, case.labels, soft), torch.zeros_like(case.logits))
+    near(losses.soft_grad(loss, case.logits, soft), torch.zeros_like(soft))
     fisher = losses.spread(torch.softmax(case.logits, 1), case.zeta)
     near(losses.curvature(loss, case.logits, soft, case.zeta), fisher)
 
@@ -193,6 +204,8 @@ def test_closed_forms_hold_for_large_logits(
     if soft is not None:
         mixed = gradient(lambda s: double_backward(loss, case, s, logits) * case.zeta, soft)
         pairs.append((losses.soft_mixed(loss, logits, soft, case.zeta), mixed))
+        first = gradient(lambda s: oracle(loss, logits, case.labels, s), soft)
+        pairs.append((losses.soft_grad(loss, logits, soft), first))
     for found, expected in pairs:
         assert found.isfinite().all()
         torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)

@@ -103,3 +103,13 @@ def soft_mixed(loss: Loss, logits_BC: torch.Tensor, soft_logit_BC: torch.Tensor,
     if loss == "kl":
         return -q_side
     return -0.5 * (q_side + spread(torch.softmax(logits_BC, 1), zeta_BC))
+
+
+def soft_grad(loss: Loss, logits_BC: torch.Tensor, soft_logit_BC: torch.Tensor) -> torch.Tensor:
+    """∂l_i/∂λ^S_i: 0 for cross entropy, S(q)(log q − log p) for KL, ½[S(q)(log q − log p) + q − p] symmetric."""
+    if loss == "cross_entropy":
+        return torch.zeros_like(soft_logit_BC)
+    log_p, log_q = F.log_softmax(logits_BC, 1), F.log_softmax(soft_logit_BC, 1)
+    q = log_q.exp()
+    forward = spread(q, log_q - log_p)
+    return forward if loss == "kl" else 0.5 * (forward + q - log_p.exp())

@@ -88,6 +88,20 @@ class Ranks:
         dist.all_reduce(total)
         return total
 
+    def join(self, rows: torch.Tensor) -> torch.Tensor:
+        """The rows of all ranks, in the order of ranks, on every rank; ranks may have different numbers of rows."""
+        if self.ranks == 1:
+            return rows
+        counts = [int(count) for count in self._all_gather(torch.tensor([len(rows)], device=self.device))]
+        padded = rows.new_zeros(max(counts), *rows.shape[1:])
+        padded[: len(rows)] = rows
+        return torch.cat([part[:count] for part, count in zip(self._all_gather(padded), counts, strict=True)])
+
+    def _all_gather(self, value: torch.Tensor) -> list[torch.Tensor]:
+        parts = [torch.empty_like(value) for _ in range(self.ranks)]
+        dist.all_gather(parts, value)
+        return parts
+
     def gather(self, value: T) -> list[T]:
         """Every rank's small Python value, in the order of ranks, on every rank."""
         values: list[Any] = [None] * self.ranks

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -31,18 +32,21 @@ class DdpEngine:
         training = self.module.training
         self.module.eval()
         for _ in range(2):
-            self._parallel(images_BCHW).sum().backward()
+            self._parallel(images_BCHW)[1].sum().backward()
         self.optimizer.zero_grad()
         self.module.train(training)
 
-    def forward(self, images_BCHW: torch.Tensor) -> torch.Tensor:
-        """Logits of a batch, on the way to `step`."""
-        logits: torch.Tensor = self._parallel(images_BCHW)
-        return logits
+    def forward(self, images_BCHW: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Features and logits of a batch, on the way to `step`."""
+        features_BD, logits_BC = self._parallel(images_BCHW)
+        return features_BD, logits_BC
 
-    def step(self, loss: torch.Tensor, lr: float) -> None:
-        """One optimizer step along the gradient of the mean over ranks of `loss`."""
-        loss.backward()
+    def step(self, loss: torch.Tensor, lr: float, leaves: Sequence[torch.Tensor] = ()) -> None:
+        """One optimizer step along the gradient of the mean over ranks of `loss`; this rank's gradients go to `leaves`.
+
+        Other leaves of the graph get none, so that nothing is computed for them.
+        """
+        loss.backward(inputs=[*self.module.parameters(), *leaves])
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.optimizer.step()
