@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
+import psutil
 import torch
 
 from autodo_dist.config import Config
@@ -26,6 +27,7 @@ from autodo_dist.method.schedule import warmup_cosine
 from autodo_dist.models import Classifier, build_model
 from autodo_dist.parallel.comm import Ranks
 from autodo_dist.parallel.engine import DdpEngine
+from autodo_dist.plan import check_memory
 
 log = logging.getLogger(__name__)
 DTYPES = {"fp32": torch.float32, "fp64": torch.float64}
@@ -199,6 +201,16 @@ def build_hyper(
     learn, hyper, dtype = config.learn, config.hyper, DTYPES[config.train.precision]
     classes = len(manifest.classes) if learn.soft_label else 0
     layout = Layout(learn.augment, operations(config), learn.weight, classes, learn.smoothing)
+    table_dtype = torch.bfloat16 if hyper.table_dtype == "bfloat16" else dtype
+    table_device = torch.device("cpu") if hyper.table_device == "host" else ranks.device
+    check_memory(
+        train_samples=len(split.train),
+        width=layout.width,
+        ranks=ranks.ranks,
+        bytes_per_value=table_dtype.itemsize,
+        memory=memory_of(table_device, config.launch.ranks_per_node),
+        table_on_host=hyper.table_device == "host",
+    )
     return Hyper(
         parameters=Hyperparameters(
             layout,
@@ -208,6 +220,8 @@ def build_hyper(
             Rmsprop(hyper.decay, hyper.eps),
             dtype,
             hyper.most_bad_rows,
+            table_dtype,
+            table_device,
         ),
         solve=build_solve(config, head, ranks.ranks),
         way=hyper.way,
@@ -216,6 +230,13 @@ def build_hyper(
         validation_every=hyper.validation_every,
         valid_grad_CD=torch.zeros(head.out_features, head.in_features + 1, dtype=dtype, device=ranks.device),
     )
+
+
+def memory_of(device: torch.device, ranks: int) -> float:
+    """Bytes that a rank may hold there: its GPU's, or its share of main memory with so many ranks on the node."""
+    if device.type == "cuda":
+        return float(torch.cuda.get_device_properties(device).total_memory)
+    return psutil.virtual_memory().total / ranks
 
 
 def build_classifier(config: Config, classes: int, device: torch.device) -> Classifier:

@@ -12,6 +12,8 @@ from pydantic_core import PydanticUndefined
 from autodo_dist.commands import pack
 from autodo_dist.commands.doctor import doctor
 from autodo_dist.commands.evaluate import evaluate
+from autodo_dist.commands.plan import plan
+from autodo_dist.commands.rows import rows
 from autodo_dist.config import load_config
 from autodo_dist.config import settings as all_settings
 from autodo_dist.errors import AutodoError
@@ -20,11 +22,13 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
-    help="AutoDO for large, biased and mislabelled image data: pack, train, evaluate.",
+    help="AutoDO for large, biased and mislabelled image data: pack, plan, train, evaluate.",
 )
 app.add_typer(pack.app, name="pack")
 app.command()(evaluate)
+app.command()(plan)
 app.command()(doctor)
+app.command()(rows)
 
 
 @app.command()

@@ -189,6 +189,12 @@ class Hyper(Section):
         description="largest batch whose features are gathered on every rank; above it neumann and cg iterate in "
         "parameter space, and fisher becomes cg",
     )
+    table_dtype: Literal["float32", "bfloat16"] = Field(
+        "float32", description="of rows and their second moments; bfloat16 is rounded stochastically and half as large"
+    )
+    table_device: Literal["auto", "host"] = Field(
+        "auto", description="where rows lie; auto: as train.device; host: pinned main memory beside a GPU"
+    )
     most_bad_rows: int = Field(100, ge=0, description="row gradients that may be infinite or NaN before the run stops")
 
 

@@ -7,6 +7,7 @@ Shared gates and magnitudes are one row of 2K values that every rank keeps, its 
 from __future__ import annotations
 
 import logging
+from concurrent.futures import Future, wait
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -17,8 +18,9 @@ import torch
 from autodo_dist.errors import AutodoError
 from autodo_dist.method import losses, warp
 from autodo_dist.method.hypergrad import Rows
-from autodo_dist.method.rmsprop import Rmsprop, touch
+from autodo_dist.method.rmsprop import Rmsprop, computed_in, touch
 from autodo_dist.parallel.comm import Ranks
+from autodo_dist.parallel.row_queue import RowQueue
 from autodo_dist.parallel.row_table import Ids, RowTable
 
 log = logging.getLogger(__name__)
@@ -80,7 +82,13 @@ BLOCK = 1 << 14  # rows that are looked at together
 
 
 class Hyperparameters:
-    """The learnt hyperparameters of a run's train samples. Every method is a collective: every rank must call it."""
+    """The learnt hyperparameters of a run's train samples. Every method is a collective: every rank must call it.
+
+    Rows travel on a thread of their own (RowQueue): those of the next batch while this one's step computes, gradients
+    while the next one's does. The numbers are those of the plain order, fetch, step, apply, fetch, …, as long as the
+    next batch shares no id with this one; so `fetch` may be told of the next batch of the same pass, in which no id
+    comes twice, and the first batch of a pass is fetched after the last gradients of the pass before.
+    """
 
     def __init__(
         self,
@@ -91,28 +99,61 @@ class Hyperparameters:
         rule: Rmsprop,
         dtype: torch.dtype,
         most_bad_rows: int,
+        table_dtype: torch.dtype | None = None,
+        table_device: torch.device | None = None,
     ) -> None:
-        """Start values for the sorted train `ids`; label_N are the given labels by id."""
-        self.layout, self.label_N, self.ranks, self.most_bad_rows = layout, label_N, ranks, most_bad_rows
-        self.table = RowTable(ids, lambda mine: layout.start(label_N[mine], dtype), ranks, rule)
+        """Start values for the sorted train `ids`; label_N are the given labels by id. The table's type and place are
+        by default `dtype`, in which steps compute, and the ranks' device.
+        """
+        table_dtype = dtype if table_dtype is None else table_dtype
+        self.layout, self.label_N, self.most_bad_rows = layout, label_N, most_bad_rows
+        self.ranks = ranks.twin()  # for the thread; others use them only while it rests
+        self.queue = RowQueue(ranks.device)
+        self._coming: tuple[torch.Tensor, Future[torch.Tensor]] | None = None  # the next batch's ids and values
+        self.table = RowTable(
+            ids, lambda mine: layout.start(label_N[mine], table_dtype), self.ranks, rule, table_device
+        )
         gate, magnitude = warp.start_logits()
         operations = len(layout.operations)
-        self.shared = SharedRow(torch.tensor([gate] * operations + [magnitude] * operations, dtype=dtype), ranks, rule)
+        shared = torch.tensor([gate] * operations + [magnitude] * operations, dtype=dtype)
+        self.shared = SharedRow(shared, self.ranks, rule)
         self.bad_rows = 0
 
-    def fetch(self, ids_B: torch.Tensor) -> Rows:
-        """The hyperparameters of this rank's batch."""
-        groups = self.layout.split(self.table.fetch(ids_B)) if self.layout.width else {}
+    def fetch(self, ids_B: torch.Tensor, next_ids_B: torch.Tensor | None = None) -> Rows:
+        """The hyperparameters of this rank's batch. `next_ids_B`: those of the fetch that comes next, which then begins
+        now; no rank's may be among the ids that are stepped before it.
+        """
+        expected_B, now = self._coming or (ids_B, self.queue.submit(lambda: self._fetch(ids_B)))
+        assert torch.equal(expected_B, ids_B), "the batch that was announced did not come"
+        self._coming = None if next_ids_B is None else (next_ids_B, self.queue.submit(lambda: self._fetch(next_ids_B)))
+        values_BP = now.result()
+        self.queue.check()
+        if values_BP.is_cuda:  # it was allocated on the other stream
+            values_BP.record_stream(torch.cuda.current_stream())
+        groups = self.layout.split(values_BP)
         if self.layout.augment == "shared":
+            self.queue.drain()  # the one row is in every batch
             groups["gate_logit"], groups["magnitude_logit"] = self.shared.value_P.chunk(2)
         return Rows(**groups)
 
-    def apply_grads(self, ids_B: torch.Tensor, grads: Rows, *, lr: float, step: int) -> None:
-        """One RMSprop step, number `step` counted from 1.
+    def _rest(self) -> None:
+        """Wait until the thread has nothing to do, so that the table and the group are this thread's to use."""
+        self.queue.drain()
+        if self._coming is not None:
+            wait([self._coming[1]])
 
-        A row whose gradient is not finite is left as it is, named in the log and counted; AutodoError when more than
-        most_bad_rows have been.
+    def _fetch(self, ids_B: torch.Tensor) -> torch.Tensor:
+        return self.table.fetch(ids_B) if self.layout.width else torch.empty(len(ids_B), 0, device=self.ranks.device)
+
+    def apply_grads(self, ids_B: torch.Tensor, grads: Rows, *, lr: float, step: int) -> None:
+        """One RMSprop step, number `step` counted from 1; it may still be going on when this returns.
+
+        A row whose gradient is not finite is left as it is, named in the log and counted; AutodoError at a later call
+        when more than most_bad_rows have been.
         """
+        self.queue.push(lambda: self._apply_grads(ids_B, grads, lr, step))
+
+    def _apply_grads(self, ids_B: torch.Tensor, grads: Rows, lr: float, step: int) -> None:
         rows_BP = self.layout.join(grads, len(ids_B))
         finite_B = rows_BP.isfinite().all(1)
         gates = [part for part in (grads.gate_logit, grads.magnitude_logit) if part is not None]
@@ -139,35 +180,38 @@ class Hyperparameters:
 
     def facts(self) -> dict[str, float]:
         """Share of samples whose weight is below 1/2, and of those whose likeliest label is not the given one."""
+        self._rest()
         weight_n, label_n, _ = self._suggestions()
         given_n = torch.from_numpy(self.label_N[self.table.my_ids]).to(label_n)
-        counts = torch.stack([(weight_n < 0.5).sum(), (label_n != given_n).sum()]).double()
+        counts = torch.stack([(weight_n < 0.5).sum(), (label_n != given_n).sum()]).double().to(self.ranks.device)
         small, changed = (self.ranks.sum(counts) / max(1, len(self.table.ids))).tolist()
         return {"weights_below_half": small, "changed_labels": changed}
 
     def table_of_labels(self) -> list[tuple[int, int, float, int, float]]:
         """On rank 0, for every train sample: id, given label, weight, suggested label and its probability."""
+        self._rest()
         mine = zip(self.table.my_ids.tolist(), *(column.tolist() for column in self._suggestions()), strict=True)
         rows = [row for part in self.ranks.gather(list(mine)) for row in part]
         return [(id_, int(self.label_N[id_]), weight, label, share) for id_, weight, label, share in rows]
 
     def _suggestions(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Weight, likeliest label, its probability of this rank's rows; 1, the given label and 1 where not learnt."""
-        label_n = torch.from_numpy(self.label_N[self.table.my_ids]).to(self.ranks.device, torch.int64)
-        weight_n = torch.ones(len(label_n), dtype=torch.float64, device=self.ranks.device)
+        label_n = torch.from_numpy(self.label_N[self.table.my_ids]).to(torch.int64)
+        weight_n = torch.ones(len(label_n), dtype=torch.float64)
         share_n = torch.ones_like(weight_n)
         for start in range(0, len(label_n), BLOCK):
             part = slice(start, start + BLOCK)
-            groups = self.layout.split(self.table.value_nP[part])
+            groups = self.layout.split(self.table.value_nP[part].to(computed_in(self.table.value_nP.dtype)))
             if "weight_logit" in groups:
-                weight_n[part] = losses.weight(groups["weight_logit"]).double()
+                weight_n[part] = losses.weight(groups["weight_logit"]).cpu()
             if "soft_logit" in groups:
-                share, label_n[part] = torch.softmax(groups["soft_logit"], 1).max(1)
-                share_n[part] = share.double()
+                share, label = torch.softmax(groups["soft_logit"], 1).max(1)
+                share_n[part], label_n[part] = share.cpu(), label.cpu()
         return weight_n, label_n, share_n
 
     def state(self) -> dict[str, Any]:
         """Everything that a resume needs."""
+        self._rest()
         bad_rows = torch.tensor(self.bad_rows)
         return {"rows": self.table.state(), "shared": self.shared.state(), "bad_rows": bad_rows}
 
@@ -191,7 +235,7 @@ class SharedRow:
         total = self.ranks.sum(grad_P)
         if total.isfinite().all():
             table, row = (self.value_P[None], self.second_P[None], self.touched), torch.zeros_like(self.touched)
-            touch(*table, row, total[None], lr=lr, step=step, rule=self.rule)
+            touch(*table, row, row, total[None], lr=lr, step=step, rule=self.rule)
 
     def state(self) -> dict[str, torch.Tensor]:
         """Value, second moment and step of the last update."""

@@ -37,7 +37,7 @@ class Forward:
 
 def task_step(parts: Parts, batch: Batch, done: int, ranks: Ranks) -> torch.Tensor:
     """One step of SGD on (1/B) Σ w_i l_i, after `done` task steps. Gives FIGURES. Every rank must call this."""
-    rows = parts.hyper.parameters.fetch(batch.ids_B) if parts.hyper is not None else Rows()
+    rows = parts.hyper.parameters.fetch(batch.ids_B, batch.next_ids_B) if parts.hyper is not None else Rows()
     forward = train_forward(parts, batch, rows, done, ranks)
     parts.engine.step(forward.loss, parts.lr(done))
     return forward.figures
@@ -49,7 +49,7 @@ def hyper_step(parts: Parts, hyper: Hyper, batch: Batch, lr: float, step: int, r
     The paper's way: a forward of its own through the frozen encoder. The model must be in eval mode; it stays as it is.
     Gives FIGURES. Every rank must call this.
     """
-    rows, leaves = hyper.parameters.fetch(batch.ids_B).with_leaves(len(batch))
+    rows, leaves = hyper.parameters.fetch(batch.ids_B, batch.next_ids_B).with_leaves(len(batch))
     with torch.set_grad_enabled(bool(leaves)):
         images_BCHW = augmented(batch.images_BCHW.to(parts.dtype), rows, batch.draws_BD, parts.pictures)
         features_BD = frozen(parts.model.encoder)(images_BCHW)
@@ -68,7 +68,7 @@ def shared_step(
     task step's own backward, times a factor per sample. That is exact where a picture's loss depends on that picture
     alone; with BatchNorm's batch statistics it is an approximation. Gives FIGURES. Every rank must call this.
     """
-    rows, leaves = hyper.parameters.fetch(batch.ids_B).with_leaves(len(batch))
+    rows, leaves = hyper.parameters.fetch(batch.ids_B, batch.next_ids_B).with_leaves(len(batch))
     forward = train_forward(parts, batch, rows, done, ranks)
     found = at_head(parts, hyper, forward.features_BD, batch, rows, ranks)
     gates: Sequence[torch.Tensor] = ()

@@ -5,6 +5,8 @@ from __future__ import annotations
 import csv
 import itertools
 import json
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
 
@@ -22,9 +24,9 @@ from test_train import (
     weights,
 )
 
-from autodo_dist.build import build
+from autodo_dist.build import Hyper, build
 from autodo_dist.config import check_config
-from autodo_dist.data.loader import endless
+from autodo_dist.data.loader import Batch, Loader, endless
 from autodo_dist.data.manifest import read_manifest
 from autodo_dist.errors import AutodoError
 from autodo_dist.method.hypergrad import Rows
@@ -46,6 +48,18 @@ def learning(digits: Path, folder: Path, **changes: Any) -> dict[str, Any]:
     return tree
 
 
+def first(loader: Loader, steps: int) -> Iterator[Batch]:
+    """The first batches of epoch 0, as a pass of so many steps."""
+    for step, batch in enumerate(itertools.islice(loader.batches(0), steps), start=1):
+        yield batch if step < steps else replace(batch, next_ids_B=None)
+
+
+def all_rows(hyper: Hyper, ranks: comm.Ranks) -> torch.Tensor:
+    """The whole table, after the gradients that are under way."""
+    hyper.parameters.state()
+    return torch.cat(ranks.gather(hyper.parameters.table.value_nP))
+
+
 def pass_states(tree: dict[str, Any], steps: int) -> dict[str, torch.Tensor]:
     """Rows and figures after each of some hyper steps from the start, and weights after as many task steps."""
     config = check_config(tree, "test")
@@ -55,7 +69,7 @@ def pass_states(tree: dict[str, Any], steps: int) -> dict[str, torch.Tensor]:
         hyper = parts.hyper
         assert hyper is not None
         figures, rows, unchanged = [], [], True
-        batches = [itertools.islice(loader.batches(0), steps) for loader in (parts.loaders.hyper, parts.loaders.task)]
+        batches = [first(loader, steps) for loader in (parts.loaders.hyper, parts.loaders.task)]
         validations = endless(parts.loaders.hyper_validation, 0)
         before = {name: value.clone() for name, value in parts.model.state_dict().items()}
         if hyper.way == "separate":
@@ -63,7 +77,7 @@ def pass_states(tree: dict[str, Any], steps: int) -> dict[str, torch.Tensor]:
             for step, batch in enumerate(batches[0], start=1):
                 renew_validation(parts, hyper, next(validations), ranks)
                 figures.append(hyper_step(parts, hyper, batch, 0.05, step, ranks))
-                rows.append(torch.cat(ranks.gather(hyper.parameters.table.value_nP)))
+                rows.append(all_rows(hyper, ranks))
             unchanged = all(torch.equal(value, before[name]) for name, value in parts.model.state_dict().items())
             unchanged &= all(parameter.grad is None for parameter in parts.model.parameters())
         parts.model.train()
@@ -73,7 +87,7 @@ def pass_states(tree: dict[str, Any], steps: int) -> dict[str, torch.Tensor]:
             else:
                 renew_validation(parts, hyper, next(validations), ranks)
                 figures.append(shared_step(parts, hyper, batch, step, 0.05, step + 1, ranks))
-                rows.append(torch.cat(ranks.gather(hyper.parameters.table.value_nP)))
+                rows.append(all_rows(hyper, ranks))
         return {
             "rows": torch.stack(rows),
             "shared": hyper.parameters.shared.value_P,
@@ -130,13 +144,14 @@ def same_batch_both_ways(tree: dict[str, Any]) -> list[torch.Tensor]:
         with comm.process_group(comm.place(), torch.device("cpu")) as ranks:
             parts = build(config, read_manifest(config.data.root), ranks)
             assert parts.hyper is not None
-            batch, validation = next(parts.loaders.hyper.batches(0)), next(parts.loaders.hyper_validation.batches(0))
+            batch, validation = next(first(parts.loaders.hyper, 1)), next(parts.loaders.hyper_validation.batches(0))
             parts.model.eval()
             renew_validation(parts, parts.hyper, validation, ranks)
             if way == "separate":
                 hyper_step(parts, parts.hyper, batch, 0.05, 1, ranks)
             else:
                 shared_step(parts, parts.hyper, batch, 0, 0.05, 1, ranks)
+            parts.hyper.parameters.state()  # waits for the gradients
             table = parts.hyper.parameters.table
             found.append(torch.cat([table.second_nP, parts.hyper.parameters.shared.second_P[None]], 1)
                          if table.second_nP.shape[1] == 14 else table.second_nP)  # fmt: skip
@@ -271,6 +286,7 @@ def apply_bad(tree: dict[str, Any], bad: int) -> tuple[torch.Tensor, torch.Tenso
         parameters = parts.hyper.parameters
         before = parameters.table.fetch(batch.ids_B)
         parameters.apply_grads(batch.ids_B, Rows(weight_logit=weight), lr=0.1, step=1)
+        parameters.state()  # waits for it, and raises its error
         return before, parameters.table.fetch(batch.ids_B)
 
 
@@ -296,8 +312,8 @@ def test_a_shared_row_skips_bad_samples_and_counts_them(digits: Path, tmp_path: 
         grads[3, 2] = torch.nan
         before = parameters.shared.value_P.clone()
         parameters.apply_grads(ids, Rows(gate_logit=grads, magnitude_logit=grads), lr=0.1, step=1)
+        state = parameters.state()  # waits for the gradients
         assert (parameters.shared.value_P < before).all()
-        state = parameters.state()
         parameters.bad_rows = 0
         parameters.restore(state)
         assert parameters.bad_rows == 1
@@ -396,3 +412,40 @@ def test_compat_sets_what_changes_numbers(digits: Path, tmp_path: Path) -> None:
     tested = [row["test_accuracy"] for row in lines(folder) if row["kind"] == "evaluation"]
     assert summary["test_accuracy_best_epoch"] == max(tested)
     assert (weights(folder, 18)[".hyper.valid_grad"][:, -1] == 0).all()
+
+
+def two_passes(tree: dict[str, Any], overlapping: bool) -> tuple[torch.Tensor, int]:
+    """All rows after two passes of hyper steps, each batch's rows fetched one step before, or when they are needed.
+
+    Also how many ids the last batch of the first pass shares with the first of the second.
+    """
+    config = check_config(tree, "test")
+    with comm.process_group(comm.place(), torch.device("cpu")) as ranks:
+        parts = build(config, read_manifest(config.data.root), ranks)
+        hyper = parts.hyper
+        assert hyper is not None
+        parts.model.eval()
+        renew_validation(parts, hyper, next(parts.loaders.hyper_validation.batches(0)), ranks)
+        batches = [list(parts.loaders.hyper.batches(epoch)) for epoch in range(2)]
+        for step, batch in enumerate(itertools.chain(*batches), start=1):
+            taken = batch if overlapping else replace(batch, next_ids_B=None)
+            hyper_step(parts, hyper, taken, 0.05, step, ranks)
+        ends = [set().union(*ranks.gather(batch.ids_B.tolist())) for batch in (batches[0][-1], batches[1][0])]
+        return all_rows(hyper, ranks), len(ends[0] & ends[1])
+
+
+@pytest.mark.parametrize("ranks", [1, 3])
+def test_rows_fetched_ahead_are_those_of_the_plain_order(
+    pool: RankPool, digits: Path, tmp_path: Path, ranks: int
+) -> None:
+    """Bit for bit, an id that is in two batches in a row (the end of a pass and the start of the next) included."""
+    plain, ahead = (pool.run(ranks, two_passes, learning(digits, tmp_path), how)[0] for how in (False, True))
+    assert torch.equal(plain[0], ahead[0])
+    assert plain[1] > 0
+
+
+def test_a_table_that_cannot_fit_is_refused(digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the settings that help, before a byte of it is made."""
+    monkeypatch.setattr("autodo_dist.build.memory_of", lambda device, ranks: 100_000.0)
+    with pytest.raises(AutodoError, match=r"row table: .* do not fit into .*; try .*hyper.table_dtype=bfloat16"):
+        run_train(learning(digits, tmp_path))

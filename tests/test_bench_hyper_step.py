@@ -20,6 +20,8 @@ def test_the_reference_finds_the_gradients_of_the_hyper_step() -> None:
         start = ours.hyper.parameters.table.value_nP.clone()
         ours.separate()
         theirs.reference()
+        for bench in (ours, theirs):
+            bench.hyper.parameters.state()  # waits for the gradients
     moved, expected = (bench.hyper.parameters.table.value_nP - start for bench in (ours, theirs))
     assert (moved != 0).any(1).sum() == SMALL.batch
     assert all((part != 0).any() for part in ours.hyper.parameters.layout.split(moved).values())

@@ -56,7 +56,8 @@ def train_ids(manifest: Manifest) -> np.ndarray:
 
 
 def joined(parts: list[Batch]) -> Batch:
-    return Batch(*(torch.cat([getattr(part, name) for part in parts]) for name in Batch.__annotations__))
+    names = [name for name in Batch.__annotations__ if name != "next_ids_B"]
+    return Batch(*(torch.cat([getattr(part, name) for part in parts]) for name in names))
 
 
 @pytest.mark.parametrize("ranks", [2, 3, 4])
@@ -81,6 +82,15 @@ def test_batches_are_what_order_says(manifest: Manifest, train_ids: np.ndarray) 
         assert torch.cat([batch.ids_B for batch in batches]).tolist() == ids[: 5 * BATCH].tolist()
         for batch in batches:
             assert batch.labels_B.tolist() == manifest.label_N[batch.ids_B.numpy()].tolist()
+
+
+@pytest.mark.parametrize(("start", "ranks"), [(0, 1), (3, 1), (0, 3)])
+def test_a_batch_tells_the_ids_of_the_next(manifest: Manifest, train_ids: np.ndarray, start: int, ranks: int) -> None:
+    batches = list(make(manifest, train_ids, rank=ranks - 1, ranks=ranks).batches(epoch=1, start=start))
+    assert batches[-1].next_ids_B is None
+    for batch, following in itertools.pairwise(batches):
+        assert batch.next_ids_B is not None
+        assert torch.equal(batch.next_ids_B, following.ids_B)
 
 
 @pytest.mark.parametrize("start", [0, 1, 3, 5])

@@ -34,7 +34,7 @@ def test_touched_rows_move_as_in_dense_rmsprop(rule: Rmsprop, dtype: torch.dtype
         grads = (sizes * torch.randn(len(rows), WIDTH, generator=generator, dtype=torch.float64)).to(dtype)
         lr = warmup_cosine(step, peak=0.05, warmup=100, total=STEPS + 100)
         before = value.clone()
-        touch(value, second, touched, rows, grads, lr=lr, step=step, rule=rule)
+        touch(value, second, touched, rows, rows, grads, lr=lr, step=step, rule=rule)
         last.update(dict.fromkeys(rows.tolist(), step))
         others = [row for row in range(ROWS) if row not in rows.tolist()]
         assert torch.equal(value[others], before[others])

@@ -86,6 +86,29 @@ def test_equal_to_a_dense_table(pool: RankPool, ranks: int, count: int) -> None:
     torch.testing.assert_close(ours[touched], second[touched], rtol=1e-12, atol=1e-12)
 
 
+def rounded(count: int, steps: int, size: int, width: int) -> torch.Tensor:
+    """The values of every row of a bfloat16 table after some steps."""
+    with comm.process_group(comm.place(), CPU) as ranks:
+        ids = sparse_ids(count)
+        table = RowTable(ids, lambda mine: start_values(mine, width).to(torch.bfloat16), ranks, RULE)
+        for step, (batch, grads) in enumerate(batches(count, steps, size, width), start=1):
+            mine = np.array_split(np.arange(size), ranks.ranks)[ranks.rank]
+            table.apply_grads(torch.from_numpy(batch[mine]), grads[mine], lr=0.1 / step, step=step)
+        assert table.second_nP.dtype == torch.bfloat16
+        return table.fetch(torch.from_numpy(ids))
+
+
+def test_bfloat16_rows_are_alike_on_any_number_of_ranks(pool: RankPool) -> None:
+    """The rounding is drawn by step and id; sums of duplicates may differ in their last bits, so there are none."""
+    one = pool.run(1, rounded, 400, 12, 10, 5)[0]
+    assert one.dtype == torch.float32
+    exact = dense(400, 12, 10, 5)[0]
+    assert 0 < float((one - exact).abs().max()) < 0.1
+    for ranks in (2, 3):
+        for other in pool.run(ranks, rounded, 400, 12, 10, 5):
+            assert torch.equal(other, one)
+
+
 def load(count: int, width: int, path: Path) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     with comm.process_group(comm.place(), CPU) as ranks:
         table = RowTable(sparse_ids(count), lambda mine: torch.zeros(len(mine), width).double(), ranks, RULE)

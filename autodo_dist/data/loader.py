@@ -12,12 +12,13 @@ Shapes: B pictures of this rank's part of a global batch, C = 3 colours, H = W =
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
@@ -45,13 +46,15 @@ DECODED_AHEAD = 2  # batches decoded before they are asked for
 class Batch:
     """One rank's part of a global batch: float32 images, given labels and ids (both int64), on one device.
 
-    draws_BD are uniform numbers in [0, 1) of each sample in this pass, for whoever needs randomness.
+    draws_BD are uniform numbers in [0, 1) of each sample in this pass, for whoever needs randomness. next_ids_B are
+    the ids of the rank's part of the next batch of the pass (None: this is the last).
     """
 
     images_BCHW: torch.Tensor
     labels_B: torch.Tensor
     ids_B: torch.Tensor
     draws_BD: torch.Tensor
+    next_ids_B: torch.Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.ids_B)
@@ -112,10 +115,14 @@ class Loader:
     def batches(self, epoch: int, start: int = 0) -> Generator[Batch, None, None]:
         """This rank's batches of one epoch from step `start` on."""
         ids = order.shuffled(self.ids, self.seed, epoch, self.pass_) if self.shuffled else self.ids
-        steps = range(start, self.steps)
-        parts = (order.local_ids(ids, self.batch_size, step, self.rank, self.ranks) for step in steps)
-        feeds = ahead(functools.partial(self._read, epoch=epoch), parts, READERS, READ_AHEAD)
-        return ahead(self._run, feeds, 1, DECODED_AHEAD)
+        part = functools.partial(order.local_ids, ids, self.batch_size, rank=self.rank, ranks=self.ranks)
+        feeds = ahead(
+            functools.partial(self._read, epoch=epoch), map(part, range(start, self.steps)), READERS, READ_AHEAD
+        )
+        with contextlib.closing(ahead(self._run, feeds, 1, DECODED_AHEAD)) as batches:
+            for step, batch in enumerate(batches, start=start + 1):
+                next_ids_B = torch.from_numpy(part(step)).to(self.device) if step < self.steps else None
+                yield replace(batch, next_ids_B=next_ids_B)
 
     def _run(self, feed: Feed) -> Batch:
         if not feed["encoded"]:

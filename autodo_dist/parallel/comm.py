@@ -11,7 +11,7 @@ import os
 import subprocess
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -76,6 +76,13 @@ class Ranks:
     rank: int
     ranks: int
     device: torch.device
+    group: dist.ProcessGroup | None = None  # None: the one of all ranks that the run began with
+
+    def twin(self) -> Ranks:
+        """The same ranks in a process group of their own, whose collectives may go on beside those of this one."""
+        group = dist.new_group()
+        assert isinstance(group, dist.ProcessGroup)  # every rank is a member
+        return replace(self, group=group)
 
     @property
     def main(self) -> bool:
@@ -85,7 +92,7 @@ class Ranks:
     def sum(self, value: torch.Tensor) -> torch.Tensor:
         """The sum over ranks, as a new tensor of the same shape and type."""
         total = value.clone()
-        dist.all_reduce(total)
+        dist.all_reduce(total, group=self.group)
         return total
 
     def join(self, rows: torch.Tensor) -> torch.Tensor:
@@ -99,19 +106,19 @@ class Ranks:
 
     def _all_gather(self, value: torch.Tensor) -> list[torch.Tensor]:
         parts = [torch.empty_like(value) for _ in range(self.ranks)]
-        dist.all_gather(parts, value)
+        dist.all_gather(parts, value, group=self.group)
         return parts
 
     def gather(self, value: T) -> list[T]:
         """Every rank's small Python value, in the order of ranks, on every rank."""
         values: list[Any] = [None] * self.ranks
-        dist.all_gather_object(values, value)
+        dist.all_gather_object(values, value, group=self.group)
         return values
 
     def from_main(self, value: T) -> T:
         """Rank 0's small Python value, on every rank."""
         values = [value]
-        dist.broadcast_object_list(values, src=0)
+        dist.broadcast_object_list(values, src=0, group=self.group)
         return values[0]
 
     def exchange(self, rows: torch.Tensor, sent: list[int], received: list[int]) -> torch.Tensor:
@@ -120,12 +127,12 @@ class Ranks:
         On two ranks, sent = [1, 2] gives rank 0 the first row and rank 1 the other two.
         """
         arrived = rows.new_empty(sum(received), *rows.shape[1:])
-        dist.all_to_all_single(arrived, rows.contiguous(), received, sent)
+        dist.all_to_all_single(arrived, rows.contiguous(), received, sent, group=self.group)
         return arrived
 
     def barrier(self) -> None:
         """Wait until every rank is here."""
-        dist.barrier()
+        dist.barrier(group=self.group)
 
 
 @contextmanager

@@ -20,7 +20,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
 
 from autodo_dist.errors import AutodoError
-from autodo_dist.method.rmsprop import Rmsprop, sum_duplicates, touch
+from autodo_dist.method.rmsprop import Rmsprop, computed_in, sum_duplicates, touch
 from autodo_dist.parallel.comm import Ranks
 
 Ids = npt.NDArray[np.int64]
@@ -47,16 +47,19 @@ class RowTable:
         start: Callable[[Ids], torch.Tensor],
         ranks: Ranks,
         rule: Rmsprop,
+        device: torch.device | None = None,
     ) -> None:
         """A table for the sorted `ids`. `start` gives the start values (n × P) of the ids that it is asked for: this
-        rank's block alone.
+        rank's block alone. They lie on `device`, by default the ranks'; main memory beside a GPU is pinned.
         """
         self.ids, self.ranks, self.rule = ids, ranks, rule
         self.block = max(1, -(-len(ids) // ranks.ranks))
-        mine = ids[ranks.rank * self.block : (ranks.rank + 1) * self.block]
-        self.value_nP = start(mine).to(ranks.device)
-        self.second_nP = torch.zeros_like(self.value_nP)
-        self.touched_n = torch.zeros(len(mine), dtype=torch.int64, device=ranks.device)
+        self.device = ranks.device if device is None else device
+        pinned = self.device.type == "cpu" and ranks.device.type == "cuda"
+        values = start(self.my_ids)
+        self.value_nP = values.pin_memory() if pinned else values.to(self.device)
+        self.second_nP = torch.zeros_like(self.value_nP, pin_memory=pinned)
+        self.touched_n = torch.zeros(len(values), dtype=torch.int64, device=self.device)
 
     @property
     def my_ids(self) -> Ids:
@@ -64,26 +67,27 @@ class RowTable:
         return self.ids[self.ranks.rank * self.block : (self.ranks.rank + 1) * self.block]
 
     def fetch(self, ids_B: torch.Tensor) -> torch.Tensor:
-        """The values (B × P) of a batch's ids. Every rank must call this, each with its own ids.
+        """The values (B × P) of a batch's ids, on the ranks' device. Every rank must call this, each with its own ids.
 
         AutodoError for an id that has no row.
         """
         route = self._route(ids_B)
-        values = self.ranks.exchange(self.value_nP[route.rows], route.received, route.sent)
-        back = torch.empty_like(values)
-        back[route.order_B] = values
-        return back
+        values = self.ranks.exchange(self.value_nP.index_select(0, route.rows), route.received, route.sent)
+        back = torch.empty_like(values).index_copy_(0, route.order_B, values)
+        return back.to(self.ranks.device, computed_in(values.dtype))
 
     def apply_grads(self, ids_B: torch.Tensor, grads_BP: torch.Tensor, *, lr: float, step: int) -> None:
         """One RMSprop step, number `step` counted from 1, on the rows of all ranks' ids. Every rank must call this."""
         route = self._route(ids_B)
-        grads = self.ranks.exchange(grads_BP[route.order_B].to(self.value_nP.dtype), route.sent, route.received)
-        rows, grads = sum_duplicates(route.rows, grads)
-        touch(self.value_nP, self.second_nP, self.touched_n, rows, grads, lr=lr, step=step, rule=self.rule)
+        grads = grads_BP.to(self.device, computed_in(self.value_nP.dtype)).index_select(0, route.order_B)
+        rows, grads = sum_duplicates(route.rows, self.ranks.exchange(grads, route.sent, route.received))
+        ids = torch.from_numpy(self.my_ids[rows.cpu().numpy()]).to(self.device)
+        table = self.value_nP, self.second_nP, self.touched_n
+        touch(*table, rows, ids, grads, lr=lr, step=step, rule=self.rule)
 
     def state(self) -> dict[str, Any]:
         """Everything that a resume needs, each tensor sharded over the ranks. Every rank must call this."""
-        mesh = DeviceMesh(self.ranks.device.type, torch.arange(self.ranks.ranks))
+        mesh = DeviceMesh(self.device.type, torch.arange(self.ranks.ranks))
         local = {"value": self.value_nP, "second_moment": self.second_nP, "touched": self.touched_n}
         return {name: self._sharded(tensor, mesh) for name, tensor in local.items()}
 
@@ -102,11 +106,11 @@ class RowTable:
         rows = find(self.ids, ids_B.cpu().numpy())
         owners = rows // self.block
         order = np.argsort(owners, kind="stable")
-        sent = torch.from_numpy(np.bincount(owners, minlength=self.ranks.ranks)).to(self.ranks.device)
+        sent = torch.from_numpy(np.bincount(owners, minlength=self.ranks.ranks)).to(self.device)
         received = self.ranks.exchange(sent, [1] * self.ranks.ranks, [1] * self.ranks.ranks)
-        asked = torch.from_numpy((rows % self.block)[order]).to(self.ranks.device)
+        asked = torch.from_numpy((rows % self.block)[order]).to(self.device)
         counts = sent.tolist(), received.tolist()
-        return Route(torch.from_numpy(order).to(self.ranks.device), *counts, self.ranks.exchange(asked, *counts))
+        return Route(torch.from_numpy(order).to(self.device), *counts, self.ranks.exchange(asked, *counts))
 
 
 def find(ids: Ids, wanted_B: Ids) -> Ids:

@@ -1,0 +1,160 @@
+"""`autodo rows`: what a run has learnt of a few samples, read from a checkpoint without loading its table."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from autodo_dist.errors import AutodoError
+
+if TYPE_CHECKING:  # they import torch, which the other commands can do without
+    import torch
+
+    from autodo_dist.data.order import Ids
+    from autodo_dist.data.split import Split
+    from autodo_dist.hyperparameters import Layout
+    from autodo_dist.parallel.checkpoint_rows import RowReader
+
+LIKELIEST = 3  # labels of a soft label that are shown
+
+
+def rows(
+    run: Annotated[Path, typer.Argument(help="run folder, e.g. runs/digits")],
+    ids: Annotated[str, typer.Option(help="ids of train samples: numbers and ranges, e.g. 3,17,40-45")],
+    step: Annotated[int | None, typer.Option(help="the checkpoint of this step; by default the newest")] = None,
+    data: Annotated[Path | None, typer.Option(help="the packed data set, where it lies elsewhere by now")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="print one JSON object")] = False,
+) -> None:
+    """Show what was learnt of a few samples: weight, soft label, augmentation, last update. Reads their rows alone."""
+    found = read_rows(run, parse_ids(ids), step, data)
+    typer.echo(json.dumps(found, indent=1, ensure_ascii=False) if as_json else text(found))
+
+
+def parse_ids(words: str) -> list[tuple[int, int]]:
+    """First and last id of each part of e.g. 3,17,40-45. AutodoError if that cannot be read."""
+    spans = []
+    for word in words.split(","):
+        match = re.fullmatch(r"\s*(\d{1,18})\s*(?:-\s*(\d{1,18})\s*)?", word, re.ASCII)
+        if match is None:
+            raise AutodoError(f"--ids {words!r}: {word!r} is neither an id nor a range; write e.g. --ids 3,17,40-45")
+        first, last = int(match[1]), int(match[2] or match[1])
+        if last < first:
+            raise AutodoError(f"--ids {words!r}: {word!r} goes backwards; write {last}-{first}")
+        spans.append((first, last))
+    return spans
+
+
+def read_rows(run: Path, spans: Sequence[tuple[int, int]], step: int | None, data: Path | None) -> dict[str, Any]:
+    """What a checkpoint holds of the samples whose ids are in the spans; see `text` for how it is shown."""
+    import torch
+
+    from autodo_dist import build, run_folder
+    from autodo_dist.data.manifest import read_manifest
+    from autodo_dist.hyperparameters import Layout
+    from autodo_dist.parallel import checkpoint
+    from autodo_dist.parallel.checkpoint_rows import RowReader, find_checkpoint
+    from autodo_dist.parallel.row_table import find
+
+    config = run_folder.read_config(run)
+    if not config.learn.anything:
+        raise AutodoError(f"run {run}: learns nothing of its samples (learn.augment, weight, soft_label are all off)")
+    path = find_checkpoint(run / "checkpoints", step)
+    manifest = read_manifest(data or config.data.root)
+    run_folder.check_same_data(run, manifest.root, manifest.checksum)
+    split = build.build_split(config, manifest)
+    ids = expand(spans, split)
+    classes = len(manifest.classes) if config.learn.soft_label else 0
+    layout = Layout(
+        config.learn.augment, build.operations(config), config.learn.weight, classes, config.learn.smoothing
+    )
+    reader = RowReader(path)
+    learnt = describe(reader, layout, find(split.train, ids), manifest.classes)
+    shared = None
+    if layout.augment == "shared":
+        logits = reader.rows("hyper.shared.value", torch.arange(2 * len(layout.operations)).numpy())
+        shared = augmentation(layout.operations, *logits.double().chunk(2))
+    named = [
+        {"id": id_, "key": manifest.keys[id_].as_py(), "given_label": manifest.classes[split.label_N[id_]]} | row
+        for id_, row in zip(ids.tolist(), learnt, strict=True)
+    ]
+    facts = {"checkpoint": str(path), "step": checkpoint.step_of(path), "bytes_read": reader.bytes_read}
+    return facts | {"rows_stored": len(split.train), "shared": shared, "rows": named}
+
+
+def expand(spans: Sequence[tuple[int, int]], split: Split) -> Ids:
+    """The ids of the spans, in their order. AutodoError names the first that has no row."""
+    import numpy as np
+
+    from autodo_dist.parallel.row_table import find
+
+    find(split.train, np.array([end for span in spans for end in span], np.int64))  # before a span fills the memory
+    ids = np.concatenate([np.arange(first, last + 1, dtype=np.int64) for first, last in spans])
+    find(split.train, ids)  # of the ids inside the spans, too
+    return ids
+
+
+def describe(reader: RowReader, layout: Layout, rows_n: Ids, classes: Sequence[str]) -> list[dict[str, Any]]:
+    """What the table says of each of these rows; groups that are not learnt per sample are left out."""
+    import torch
+
+    from autodo_dist.method import losses
+
+    if not layout.width:
+        return [{} for _ in rows_n]
+    if reader.size("hyper.rows.value")[1] != layout.width:
+        raise AutodoError(f"checkpoint {reader.path}: its rows have not the {layout.width} values of config.yaml")
+    groups = layout.split(reader.rows("hyper.rows.value", rows_n).double())
+    columns: dict[str, list[Any]] = {}
+    if "weight_logit" in groups:
+        columns["weight"] = losses.weight(groups["weight_logit"]).tolist()
+    if "soft_logit" in groups:
+        top = torch.softmax(groups["soft_logit"], 1).topk(min(LIKELIEST, layout.classes))
+        pairs = zip(top.indices.tolist(), top.values.tolist(), strict=True)
+        columns["soft_label"] = [{classes[k]: p for k, p in zip(*pair, strict=True)} for pair in pairs]
+    if "gate_logit" in groups:
+        both = zip(groups["gate_logit"], groups["magnitude_logit"], strict=True)
+        columns["augment"] = [augmentation(layout.operations, *logits) for logits in both]
+    columns["last_hyper_step"] = reader.rows("hyper.rows.touched", rows_n).tolist()
+    columns["second_moment_norm"] = reader.rows("hyper.rows.second_moment", rows_n).double().norm(dim=1).tolist()
+    return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+
+
+def augmentation(
+    operations: Sequence[str], gate_K: torch.Tensor, magnitude_K: torch.Tensor
+) -> dict[str, dict[str, float]]:
+    """Gate probability and magnitude (a share of the range) of each operation, from their logits."""
+    values = zip(gate_K.sigmoid().tolist(), magnitude_K.sigmoid().tolist(), strict=True)
+    return {name: {"probability": p, "magnitude": m} for name, (p, m) in zip(operations, values, strict=True)}
+
+
+def text(found: dict[str, Any]) -> str:
+    """The rows for a reader: a line for the checkpoint, then a few for each sample."""
+    lines = [
+        f"{found['checkpoint']}: {len(found['rows'])} of {found['rows_stored']} rows, {found['bytes_read']} bytes read"
+    ]
+    if found["shared"] is not None:
+        lines += ["all samples", *operations_lines(found["shared"])]
+    for row in found["rows"]:
+        weight = f", weight {row['weight']:.4g}" if "weight" in row else ""
+        lines += [f"id {row['id']}: {row['key']}", f"  given label {row['given_label']}{weight}"]
+        if "soft_label" in row:
+            lines.append("  likeliest labels: " + ", ".join(f"{name} {p:.4f}" for name, p in row["soft_label"].items()))
+        lines += operations_lines(row.get("augment", {}))
+        if step := row.get("last_hyper_step"):
+            lines.append(f"  last update: hyper step {step}; norm of the second moment {row['second_moment_norm']:.3g}")
+        elif step == 0:
+            lines.append("  never updated")
+    return "\n".join(lines)
+
+
+def operations_lines(operations: dict[str, dict[str, float]]) -> list[str]:
+    """A line for each operation: how likely it is, and how strong in shares of its range."""
+    return [
+        f"  {name}: probability {it['probability']:.4f}, magnitude {it['magnitude']:.4f}"
+        for name, it in operations.items()
+    ]
