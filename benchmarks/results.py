@@ -19,7 +19,7 @@ from typing import Annotated, Any
 import typer
 
 from autodo_dist.errors import AutodoError
-from benchmarks.runs import run_all, summary, test_error, write_rows
+from benchmarks.runs import run_all, summary, write_rows
 
 DISTORTIONS = ((10, 0.1), (1, 0.4))  # imbalance ratio, label noise
 METHODS = {"plain": ("learn.augment=none", "learn.weight=false", "learn.soft_label=false"), "AutoDO": ()}
@@ -64,7 +64,7 @@ def main(
     cells = [Cell(*them, method, seed) for them in DISTORTIONS for seed in range(seeds) for method in METHODS]
     laid_over = [*(QUICK if quick else ()), *(words or ())]
     folders = run_all({cell: [*cell.words(root), *laid_over] for cell in cells}, jobs)
-    rows = figures(folders, jobs)
+    rows = figures({cell: summary(folder) for cell, folder in folders.items()}, jobs)
     text = table(rows, seeds)
     print(text)
     if json_file is not None:
@@ -73,14 +73,14 @@ def main(
         readme.write_text(between_marks(readme.read_text(), text))
 
 
-def figures(folders: dict[Cell, Path], jobs: int) -> list[dict[str, Any]]:
+def figures(summaries: dict[Cell, dict[str, Any]], jobs: int) -> list[dict[str, Any]]:
     """Mean and standard deviation over seeds of the last epoch's test error, and of its paired difference; minutes."""
     rows: list[dict[str, Any]] = []
     for imbalance, noise in DISTORTIONS:
         errors = {
             method: [
-                test_error(folder)
-                for cell, folder in folders.items()
+                100 * (1 - found["test_accuracy_final"])
+                for cell, found in summaries.items()
                 if (cell.imbalance, cell.noise, cell.method) == (imbalance, noise, method)
             ]
             for method in METHODS
@@ -92,8 +92,8 @@ def figures(folders: dict[Cell, Path], jobs: int) -> list[dict[str, Any]]:
             rows.append(
                 {"name": name, "value": statistics.mean(values), "unit": "%", "bar": None, "holds": None} | spread
             )
-    seconds = [summary(folder)["seconds"] for folder in folders.values()]
-    minutes = sum(sum(phases.values()) - phases["start"] for phases in seconds) / 60 / jobs
+    seconds = sum(found["seconds_total"] - found.get("seconds", {}).get("start", 0.0) for found in summaries.values())
+    minutes = seconds / 60 / jobs
     rows.append({"name": "time", "value": minutes, "unit": "minutes", "bar": "<= 30", "holds": minutes <= 30})
     return rows
 
