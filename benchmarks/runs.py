@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from autodo_dist.config import load_config
+from autodo_dist.errors import AutodoError
 from autodo_dist.files import read_json
 from autodo_dist.train import train
 
@@ -36,11 +37,18 @@ def run_all(settings: Mapping[Key, Sequence[str]], jobs: int) -> dict[Key, Path]
 
 
 def run(words: Sequence[str]) -> Path:
-    """Train one run to its end in this process, what it prints going to a file beside it; its folder."""
+    """Train one run to its end in this process, what it prints going to a file beside it; its folder.
+
+    AutodoError names the run and that file beside the cause.
+    """
     config = load_config(CONFIG, [*ONE_RANK, *words])
     config.run.root.mkdir(parents=True, exist_ok=True)
-    with config.folder.with_suffix(".log").open("a") as log, contextlib.redirect_stdout(log):
-        train(config)
+    log = config.run.root / f"{config.run.name}.log"  # a name may hold a dot
+    with log.open("a") as file, contextlib.redirect_stdout(file):
+        try:
+            train(config)
+        except AutodoError as error:
+            raise AutodoError(f"run {config.run.name}: failed, see {log}: error: {error}") from error
     print(f"{config.run.name}: test error {test_error(config.folder):.2f} %", file=sys.stderr, flush=True)
     return config.folder
 

@@ -56,6 +56,8 @@ def test_it_trains_goes_on_and_names_a_run_that_failed(
         nothing_starts.setattr(subprocess, "run", None)
         call(words=[f"data.root={digits}"])
     assert capsys.readouterr().out == shown
+    starts = [json.loads(path.read_text())["starts"] for path in tmp_path.glob("quick/*/environment.json")]
+    assert [len(each) for each in starts] == [1, 1, 1, 1]
     rows = json.loads(file.read_text())
     summary = json.loads((tmp_path / "quick/ir1-noise0.4-autodo-seed1/summary.json").read_text())
     assert rows[1]["seeds"][1] == pytest.approx(100 * (1 - summary["test_accuracy_final"]))
