@@ -160,6 +160,17 @@ def operations(config: Config) -> tuple[str, ...]:
     return (*warp.AFFINE, *warp.COLOR) if config.learn.color else warp.AFFINE
 
 
+def build_layout(config: Config, classes: int) -> Layout:
+    """Which columns a row of this run has, for a data set of so many classes."""
+    learn = config.learn
+    return Layout(learn.augment, operations(config), learn.weight, classes if learn.soft_label else 0, learn.smoothing)
+
+
+def table_dtype(config: Config) -> torch.dtype:
+    """The type in which rows are stored."""
+    return torch.bfloat16 if config.hyper.table_dtype == "bfloat16" else DTYPES[config.train.precision]
+
+
 def build_solve(config: Config, head: torch.nn.Linear, ranks: int) -> Solve:
     """How the inverse Hessian is applied, with the fallback for a batch too large to gather, and the cheaper space."""
     hyper, batch = config.hyper, config.train.batch_size
@@ -198,16 +209,14 @@ def build_hyper(
     ranks: Ranks,
 ) -> Hyper:
     """The tables of the train part's ids and the settings of a hyper step."""
-    learn, hyper, dtype = config.learn, config.hyper, DTYPES[config.train.precision]
-    classes = len(manifest.classes) if learn.soft_label else 0
-    layout = Layout(learn.augment, operations(config), learn.weight, classes, learn.smoothing)
-    table_dtype = torch.bfloat16 if hyper.table_dtype == "bfloat16" else dtype
+    hyper, dtype = config.hyper, DTYPES[config.train.precision]
+    layout = build_layout(config, len(manifest.classes))
     table_device = torch.device("cpu") if hyper.table_device == "host" else ranks.device
     check_memory(
         train_samples=len(split.train),
         width=layout.width,
         ranks=ranks.ranks,
-        bytes_per_value=table_dtype.itemsize,
+        bytes_per_value=table_dtype(config).itemsize,
         memory=memory_of(table_device, config.launch.ranks_per_node),
         table_on_host=hyper.table_device == "host",
     )
@@ -220,7 +229,7 @@ def build_hyper(
             Rmsprop(hyper.decay, hyper.eps),
             dtype,
             hyper.most_bad_rows,
-            table_dtype,
+            table_dtype(config),
             table_device,
         ),
         solve=build_solve(config, head, ranks.ranks),

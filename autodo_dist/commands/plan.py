@@ -120,11 +120,9 @@ def workload(config: Config, sizes: Sizes, cluster: Cluster) -> Workload:
 
     from autodo_dist import build
     from autodo_dist.footprint import measure
-    from autodo_dist.hyperparameters import Layout
 
     learn, hyper, batch = config.learn, config.hyper, config.train.batch_size
     operations, dtype = build.operations(config), build.DTYPES[config.train.precision]
-    soft_classes = sizes.classes if learn.soft_label else 0
     foot = measure(
         config.model.name,
         sizes.classes,
@@ -148,11 +146,11 @@ def workload(config: Config, sizes: Sizes, cluster: Cluster) -> Workload:
         bytes_per_number=dtype.itemsize,
         momentum=config.optim.momentum > 0,
         learns=learn.anything,
-        row_width=Layout(learn.augment, operations, learn.weight, soft_classes, learn.smoothing).width,
+        row_width=build.build_layout(config, sizes.classes).width,
         shared_width=2 * len(operations) if learn.augment == "shared" else 0,
         soft_label=learn.soft_label,
         normalize_weights=learn.normalize_weights,
-        bytes_per_value=2 if hyper.table_dtype == "bfloat16" else dtype.itemsize,
+        bytes_per_value=build.table_dtype(config).itemsize,
         table_on_host=hyper.table_device == "host",
         way=hyper.way,
         start_epoch=hyper.start_epoch,

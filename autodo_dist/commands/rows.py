@@ -55,7 +55,6 @@ def read_rows(run: Path, spans: Sequence[tuple[int, int]], step: int | None, dat
 
     from autodo_dist import build, run_folder
     from autodo_dist.data.manifest import read_manifest
-    from autodo_dist.hyperparameters import Layout
     from autodo_dist.parallel import checkpoint
     from autodo_dist.parallel.checkpoint_rows import RowReader, find_checkpoint
     from autodo_dist.parallel.row_table import find
@@ -68,10 +67,7 @@ def read_rows(run: Path, spans: Sequence[tuple[int, int]], step: int | None, dat
     run_folder.check_same_data(run, manifest.root, manifest.checksum)
     split = build.build_split(config, manifest)
     ids = expand(spans, split)
-    classes = len(manifest.classes) if config.learn.soft_label else 0
-    layout = Layout(
-        config.learn.augment, build.operations(config), config.learn.weight, classes, config.learn.smoothing
-    )
+    layout = build.build_layout(config, len(manifest.classes))
     reader = RowReader(path)
     learnt = describe(reader, layout, find(split.train, ids), manifest.classes)
     shared = None
