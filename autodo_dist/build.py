@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
@@ -13,10 +14,13 @@ import psutil
 import torch
 
 from autodo_dist.config import Config
-from autodo_dist.data.loader import Loader
+from autodo_dist.data.loader import Dropped, Loader
 from autodo_dist.data.manifest import Manifest, check_files
 from autodo_dist.data.order import Crop, Ids
+from autodo_dist.data.pixels import Finish, Pixels
+from autodo_dist.data.shards import Shards
 from autodo_dist.data.split import Split, make_split
+from autodo_dist.data.torchvision_pixels import TorchvisionPixels
 from autodo_dist.errors import AutodoError
 from autodo_dist.hyperparameters import Hyperparameters, Layout
 from autodo_dist.method import compat, solvers, warp
@@ -284,18 +288,17 @@ def build_split(config: Config, manifest: Manifest) -> Split:
 def build_loaders(config: Config, manifest: Manifest, split: Split, ranks: Ranks) -> Loaders:
     """A loader for each use; only the train part's labels are the given ones."""
     data = config.data
+    crop = Crop(data.crop, data.crop_area, data.crop_padding, data.image_size, data.evaluation_crop, data.flip)
     load = functools.partial(
         Loader,
-        manifest,
+        Shards(manifest),
+        build_pixels(config, Finish(crop, data.mean, data.std), ranks.device),
+        build_dropped(config, manifest),
         seed=config.train.seed,
         rank=ranks.rank,
         ranks=ranks.ranks,
-        crop=Crop(data.crop, data.crop_area, data.crop_padding, data.image_size, data.evaluation_crop, data.flip),
-        mean=data.mean,
-        std=data.std,
+        crop=crop,
         device=ranks.device,
-        decode_on_gpu=decode_on_gpu(data.device, ranks.device),
-        threads=data.threads,
     )
     batch = config.train.batch_size
     draws = 2 * len(operations(config))
@@ -308,6 +311,32 @@ def build_loaders(config: Config, manifest: Manifest, split: Split, ranks: Ranks
         validation=load(manifest.label_N, split.validation, pass_="evaluation", batch_size=batch),
         test=load(manifest.label_N, split.test, pass_="evaluation", batch_size=batch),
     )
+
+
+def build_pixels(config: Config, finish: Finish, device: torch.device) -> Callable[[int], Pixels]:
+    """How pictures are decoded: by DALI, or by torchvision where that is set or DALI is not installed."""
+    data = config.data
+    if data.decoder != "torchvision":
+        try:
+            from autodo_dist.data.dali import DaliPixels
+        except ImportError as error:
+            if data.decoder == "dali":
+                raise AutodoError(
+                    f"data.decoder = dali: not installed ({error}); set data.decoder=torchvision"
+                ) from error
+            log.warning("DALI is not installed: torchvision decodes, on the CPU")
+        else:
+            gpu = device.index if decode_on_gpu(data.device, device) else None
+            return lambda most: DaliPixels(finish, most, data.threads, gpu)
+    if data.device == "gpu":
+        raise AutodoError("data.device = gpu: torchvision decodes on the CPU; install DALI, or set data.device=auto")
+    return lambda most: TorchvisionPixels(finish, data.threads)
+
+
+def build_dropped(config: Config, manifest: Manifest) -> Dropped:
+    """Where pictures that do not decode are noted, and how many may be."""
+    skip = config.data.on_error == "skip"
+    return Dropped(manifest, math.ceil(config.data.most_dropped * len(manifest)) if skip else 0)
 
 
 def decode_on_gpu(setting: Literal["auto", "cpu", "gpu"], device: torch.device) -> bool:

@@ -29,6 +29,9 @@ FREE_AT_RESUME = (
     "data.root",
     "data.device",
     "data.threads",
+    "data.decoder",
+    "data.on_error",
+    "data.most_dropped",
     "train.log_every",
     "checkpoint",
     "launch",
@@ -95,7 +98,16 @@ class Data(Section):
     label_noise: float = Field(0.0, ge=0, le=1, description="NR: share of train labels that are redrawn uniformly")
     split_seed: int = Field(0, ge=0, lt=2**63, description="seed of the split and of its distortion")
     device: Literal["auto", "cpu", "gpu"] = Field("auto", description="where DALI decodes; auto: as train.device")
-    threads: int = Field(2, ge=1, description="DALI's decoding threads per rank")
+    threads: int = Field(2, ge=1, description="decoding threads per rank")
+    decoder: Literal["auto", "dali", "torchvision"] = Field(
+        "auto", description="what decodes; auto: DALI where it is installed. Their pixels differ a little"
+    )
+    on_error: Literal["stop", "skip"] = Field(
+        "stop", description="a picture that does not decode ends the run, or is dropped from its batch on all ranks"
+    )
+    most_dropped: float = Field(
+        0.001, gt=0, lt=1, description="on_error=skip: share of the data set's pictures that may be dropped"
+    )
 
     @field_validator("crop_area")
     @classmethod

@@ -1,11 +1,10 @@
-"""DALI decodes, crops and normalises; which pictures, in which order and with which crop is `order`'s word.
+"""Which pictures, in which order and with which crop is `order`'s word; `shards` reads them, `pixels` decodes them.
 
-    manifest + order -> bytes read ahead by threads -> DALI (decode, window, resize, mirror, normalise) -> Batch
+    manifest + order -> bytes read ahead by threads -> pixels (decode, window, resize, mirror, normalise) -> Batch
 
 DALI's own readers shuffle and shard by themselves, which cannot give exact epochs or the same global batches on another
-number of ranks. So encoded pictures come in from outside, with their windows, ids and draws beside them: the id of a
-picture goes through the pipeline with it, and a loader that starts at any position gives what it would have given. The
-pipeline runs in a thread of its own, a few batches ahead.
+number of ranks. So encoded pictures come in from outside, with their windows beside them, and a loader that starts at
+any position gives what it would have given. Decoding runs in a thread of its own, a few batches ahead.
 
 Shapes: B pictures of this rank's part of a global batch, C = 3 colours, H = W = image_size, D draws.
 """
@@ -14,29 +13,25 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import os
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from functools import lru_cache
-from pathlib import Path
-from typing import Any, BinaryIO, TypeVar
+from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from nvidia.dali import fn, pipeline_def, types
 
 from autodo_dist.data import order
-from autodo_dist.data.decode import SYNCHRONOUS, Decoder, reason
 from autodo_dist.data.manifest import Manifest
 from autodo_dist.data.order import Crop, Ids, Pass
+from autodo_dist.data.pixels import DecodeError, Pictures, Pixels
+from autodo_dist.data.shards import Shards
 from autodo_dist.errors import AutodoError
 
 S = TypeVar("S")
 T = TypeVar("T")
-Feed = dict[str, Any]  # what the pipeline is fed: `encoded`, a list of arrays of bytes, and arrays a row a picture
 
 READERS, READ_AHEAD = 4, 6  # threads that read tars, each a whole local batch; batches read before they are asked for
 DECODED_AHEAD = 2  # batches decoded before they are asked for
@@ -60,17 +55,63 @@ class Batch:
         return len(self.ids_B)
 
 
+@dataclass(frozen=True)
+class Read:
+    """What is read of a batch before it is decoded."""
+
+    pictures: Pictures
+    ids_B: Ids
+    draws_BD: npt.NDArray[np.float32]
+
+    def only(self, keep_B: npt.NDArray[np.bool_]) -> Read:
+        """The part for which `keep_B` is true."""
+        return Read(self.pictures.only(keep_B), self.ids_B[keep_B], self.draws_BD[keep_B])
+
+
+class Dropped:
+    """Pictures that were left out because they do not decode: id -> why. One for all loaders of a rank.
+
+    With `most` 0 the first of them stops the run, else more than `most` do.
+    """
+
+    def __init__(self, manifest: Manifest, most: int) -> None:
+        self.manifest, self.most = manifest, most
+        self.why: dict[int, str] = {}
+
+    def add(self, faults: dict[int, str]) -> None:
+        """Note further pictures. AutodoError if they are too many."""
+        self.why |= faults
+        id_, why = next(iter(faults.items()))
+        picture = f"data {self.manifest.root}: picture {self.manifest.keys[id_]} (id {id_}) does not decode ({why}); "
+        if not self.most:
+            raise AutodoError(picture + "mend or remove it in the source and pack again, or set data.on_error=skip")
+        self.check(len(self.why), picture)
+
+    def check(self, count: int, picture: str = "") -> None:
+        """AutodoError if `count` pictures are too many to drop."""
+        if count > self.most:
+            raise AutodoError(
+                f"{picture or f'data {self.manifest.root}: '}{count} pictures do not decode, more than the {self.most} "
+                "that data.most_dropped allows; pack again, or raise it"
+            )
+
+
 class Loader:
     """Streams this rank's part of every global batch of one pass.
 
     Task and hyper pass are shuffled, randomly cropped, and lose the last incomplete global batch (another one each
     epoch); the validation pass is shuffled but has the window of evaluation; the evaluation pass gives every id exactly
     once, in order. Every rank makes `steps` steps; in the last step of an evaluation a rank's part may be empty.
+
+    A picture that does not decode is dropped from its batch, on whichever rank and in whichever pass it comes up; the
+    batch is then smaller by one, and all others stay as they are. `pixels` is made for the most pictures of a part.
     """
 
     def __init__(
         self,
-        manifest: Manifest,
+        shards: Shards,
+        pixels: Callable[[int], Pixels],
+        dropped: Dropped,
         label_N: npt.NDArray[np.int32],
         ids: Ids,
         *,
@@ -80,90 +121,44 @@ class Loader:
         rank: int,
         ranks: int,
         crop: Crop,
-        mean: tuple[float, float, float],
-        std: tuple[float, float, float],
         device: torch.device,
-        decode_on_gpu: bool,
-        threads: int,
         draws: int = 0,
     ) -> None:
-        self.manifest, self.ids, self.pass_, self.seed, self.crop = manifest, ids, pass_, seed, crop
-        self.batch_size, self.rank, self.ranks, self.device = batch_size, rank, ranks, device
+        self.shards, self.dropped, self.ids, self.pass_, self.seed, self.crop = shards, dropped, ids, pass_, seed, crop
+        self.batch_size, self.rank, self.ranks, self.device, self.draws = batch_size, rank, ranks, device, draws
         self.shuffled, self.random_crop = pass_ != "evaluation", pass_ in ("task", "hyper")
-        self.draws = draws
         self.steps = order.steps_per_pass(len(ids), batch_size, drop_last=self.shuffled)
         self._label_N = torch.from_numpy(label_N.astype(np.int64))
-        self._build = functools.partial(
-            pipeline_def(_graph),
-            crop,
-            mean,
-            std,
-            decode_on_gpu,
-            batch_size=-(-batch_size // ranks),
-            num_threads=threads,
-            device_id=device.index if decode_on_gpu else None,
-            **SYNCHRONOUS,
-        )
-
-    @functools.cached_property
-    def _pipeline(self) -> Any:
-        """DALI's threads and buffers, made when the first pass begins."""
-        pipeline = self._build()
-        pipeline.build()
-        return pipeline
+        self._pixels = pixels(-(-batch_size // ranks))
 
     def batches(self, epoch: int, start: int = 0) -> Generator[Batch, None, None]:
         """This rank's batches of one epoch from step `start` on."""
         ids = order.shuffled(self.ids, self.seed, epoch, self.pass_) if self.shuffled else self.ids
         part = functools.partial(order.local_ids, ids, self.batch_size, rank=self.rank, ranks=self.ranks)
-        feeds = ahead(
+        reads = ahead(
             functools.partial(self._read, epoch=epoch), map(part, range(start, self.steps)), READERS, READ_AHEAD
         )
-        with contextlib.closing(ahead(self._run, feeds, 1, DECODED_AHEAD)) as batches:
-            for step, batch in enumerate(batches, start=start + 1):
-                next_ids_B = torch.from_numpy(part(step)).to(self.device) if step < self.steps else None
-                yield replace(batch, next_ids_B=next_ids_B)
+        with contextlib.closing(ahead(self._decode, reads, 1, DECODED_AHEAD)) as batches:
+            batch = next(batches, None)
+            while batch is not None:
+                following = next(batches, None)
+                yield replace(batch, next_ids_B=None if following is None else following.ids_B)
+                batch = following
 
-    def _run(self, feed: Feed) -> Batch:
-        if not feed["encoded"]:
-            shape = (0, 3, self.crop.image_size, self.crop.image_size)
-            images, ids, draws = torch.empty(shape), torch.empty(0, dtype=torch.int64), torch.empty(0, self.draws)
-        else:
-            try:
-                outputs = self._pipeline.run(**feed)
-            except RuntimeError as error:
-                raise self._name_broken(feed, error) from error
-            # Outputs live in DALI's own buffers until its next run.
-            images, ids, draws = (torch.from_dlpack(output.as_tensor()).clone() for output in outputs)
-        return Batch(*(part.to(self.device) for part in (images, self._label_N[ids], ids, draws)))
-
-    def _name_broken(self, feed: Feed, error: Exception) -> AutodoError:
-        """DALI does not say which picture of a batch it could not decode, so each is tried alone."""
-        decoder = Decoder()
-        for id_, encoded in zip(feed["ids"].tolist(), feed["encoded"], strict=True):
-            try:
-                decoder.shape(encoded.tobytes())
-            except AutodoError as why:
-                return AutodoError(
-                    f"data {self.manifest.root}: picture {self.manifest.keys[id_]} (id {id_}) does not decode ({why}); "
-                    "mend or remove it in the source and pack again"
-                )
-        return AutodoError(f"data {self.manifest.root}: DALI failed on pictures that decode alone: {reason(error)}")
-
-    def _read(self, part: Ids, epoch: int) -> Feed:
+    def _read(self, part: Ids, epoch: int) -> Read:
         drawn = [self._draw(int(id_), epoch) for id_ in part]
         windows = [window for window, _ in drawn]
-        return {
-            "encoded": [self._encoded(int(id_)) for id_ in part],
-            "origin": np.array([(window.top, window.left) for window in windows], np.float32),
-            "size": np.array([(window.height, window.width) for window in windows], np.float32),
-            "flip": np.array([window.flip for window in windows], np.int32),
-            "ids": part,
-            "draws": np.array([draws for _, draws in drawn], np.float32).reshape(len(part), self.draws),
-        }
+        pictures = Pictures(
+            encoded=self.shards.read(part.tolist()),
+            origin_B2=np.array([(window.top, window.left) for window in windows], np.float32),
+            size_B2=np.array([(window.height, window.width) for window in windows], np.float32),
+            flip_B=np.array([window.flip for window in windows], np.int32),
+        )
+        return Read(pictures, part, np.array([draws for _, draws in drawn], np.float32).reshape(len(part), self.draws))
 
     def _draw(self, id_: int, epoch: int) -> tuple[order.Window, npt.NDArray[np.float32]]:
-        height, width = int(self.manifest.height_N[id_]), int(self.manifest.width_N[id_])
+        manifest = self.shards.manifest
+        height, width = int(manifest.height_N[id_]), int(manifest.width_N[id_])
         stream = order.stream(self.seed, epoch, self.pass_, id_)
         window = (
             order.training_window(stream, height, width, self.crop)
@@ -172,17 +167,30 @@ class Loader:
         )
         return window, stream.random(self.draws, np.float32)
 
-    def _encoded(self, id_: int) -> npt.NDArray[np.uint8]:
-        path = self.manifest.root / self.manifest.shards[self.manifest.shard_N[id_]].name
-        size = int(self.manifest.size_N[id_])
+    def _decode(self, read: Read) -> Batch:
+        read, images = self._without_broken(read)
+        ids, draws = torch.from_numpy(read.ids_B), torch.from_numpy(read.draws_BD)
+        return Batch(*(part.to(self.device) for part in (images, self._label_N[ids], ids, draws)))
+
+    def _without_broken(self, read: Read) -> tuple[Read, torch.Tensor]:
+        """The model's input, and what is left of the batch when pictures that do not decode are dropped."""
+        if self.dropped.why:
+            read = read.only(~np.isin(read.ids_B, list(self.dropped.why)))
+        if not len(read.ids_B):
+            return read, torch.empty(0, 3, self.crop.image_size, self.crop.image_size)
         try:
-            file = _open(path)  # held while it is read: the cache may drop it meanwhile
-            data = os.pread(file.fileno(), size, int(self.manifest.offset_N[id_]))
-        except OSError as error:
-            raise AutodoError(f"data {path}: cannot be read ({error.strerror}); check the file system") from error
-        if len(data) != size:
-            raise AutodoError(f"data {path}: ends inside sample {id_}; the tar was cut off after the run started")
-        return np.frombuffer(data, np.uint8)
+            return read, self._pixels.decode(read.pictures)
+        except DecodeError as error:
+            faults = {
+                id_: why
+                for id_, encoded in zip(read.ids_B.tolist(), read.pictures.encoded, strict=True)
+                if (why := self._pixels.fault(encoded)) is not None
+            }
+            if not faults:
+                root = self.shards.manifest.root
+                raise AutodoError(f"data {root}: pictures decode alone but not together ({error})") from error
+            self.dropped.add(faults)
+            return self._without_broken(read)
 
 
 def endless(loader: Loader, step: int) -> Iterator[Batch]:
@@ -212,38 +220,3 @@ def ahead(work: Callable[[S], T], items: Iterable[S], threads: int, waiting: int
                 result.cancel()
             if isinstance(items, Generator):
                 items.close()
-
-
-# Below the usual limit of 1,024 open files. An evicted file closes when its last reader is done.
-@lru_cache(maxsize=256)
-def _open(path: Path) -> BinaryIO:
-    return path.open("rb", buffering=0)
-
-
-def _graph(
-    crop: Crop, mean: tuple[float, float, float], std: tuple[float, float, float], gpu: bool
-) -> tuple[Any, Any, Any]:
-    """What DALI does to a batch: normalised pictures, and their ids and draws as they came in."""
-    encoded = fn.external_source(name="encoded", dtype=types.UINT8, ndim=1)
-    origin, size, draws = (
-        fn.external_source(name=name, dtype=types.FLOAT, ndim=1) for name in ("origin", "size", "draws")
-    )
-    flip = fn.external_source(name="flip", dtype=types.INT32, ndim=0)
-    ids = fn.external_source(name="ids", dtype=types.INT64, ndim=0)
-    device = "mixed" if gpu else "cpu"
-    relative: dict[str, Any] = {"axis_names": "HW", "normalized_anchor": True, "normalized_shape": True}
-    if crop.kind == "padded":  # the window reaches outside, which the decoder's own slice cannot
-        whole = fn.decoders.image(encoded, device=device, output_type=types.RGB)
-        images = fn.slice(whole, origin, size, out_of_bounds_policy="pad", fill_values=0, **relative)
-    else:
-        images = fn.decoders.image_slice(encoded, origin, size, device=device, output_type=types.RGB, **relative)
-    images = fn.resize(images, size=[crop.image_size, crop.image_size], antialias=True)
-    images = fn.crop_mirror_normalize(
-        images,
-        dtype=types.FLOAT,
-        output_layout="CHW",
-        mirror=flip,
-        mean=[255 * value for value in mean],
-        std=[255 * value for value in std],
-    )
-    return images, ids, draws
