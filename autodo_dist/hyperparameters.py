@@ -6,6 +6,7 @@ Shared gates and magnitudes are one row of 2K values that every rank keeps, its 
 
 from __future__ import annotations
 
+import hashlib
 import logging
 from concurrent.futures import Future, wait
 from dataclasses import dataclass
@@ -212,14 +213,25 @@ class Hyperparameters:
     def state(self) -> dict[str, Any]:
         """Everything that a resume needs."""
         self._rest()
-        bad_rows = torch.tensor(self.bad_rows)
-        return {"rows": self.table.state(), "shared": self.shared.state(), "bad_rows": bad_rows}
+        bad_rows, ids = torch.tensor(self.bad_rows), digest(self.table.ids)
+        return {"rows": self.table.state(), "shared": self.shared.state(), "bad_rows": bad_rows, "ids": ids}
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Take back what `state` gave, on any number of ranks."""
+        """Take back what `state` gave, on any number of ranks. AutodoError if its rows are of other samples."""
+        if not torch.equal(state["ids"], digest(self.table.ids)):
+            raise AutodoError(
+                "checkpoint: its rows are of other samples than the train part of this run; take the checkpoints, "
+                "data set and split of one run"
+            )
         self.table.restore(state["rows"])
         self.shared.restore(state["shared"])
         self.bad_rows = int(state["bad_rows"])
+
+
+def digest(ids: Ids) -> torch.Tensor:
+    """SHA-256 of the ids, 32 bytes: a table's rows are known by their ids alone."""
+    found = hashlib.sha256(ids.astype("<i8").tobytes()).digest()
+    return torch.tensor(list(found), dtype=torch.uint8)
 
 
 class SharedRow:

@@ -232,7 +232,7 @@ def config_of(ranks: int, pictures: int) -> Config:
         "model": {"name": "convnet"},
         "train": {"batch_size": ranks * pictures},
         "learn": EVERYTHING,
-        "hyper": {"most_gathered": 1},
+        "hyper": {"way": "separate", "most_gathered": 1},
     }
     return check_config(tree, "of the benchmark")
 
@@ -358,6 +358,7 @@ def imagenet(batch: int, cluster: Cluster) -> Workload:
         "data": {"root": "."},
         "train": {"batch_size": batch},
         "learn": EVERYTHING,
+        "hyper": {"way": "separate"},
     }
     return workload(check_config(tree, "of the benchmark"), IMAGENET, cluster)
 

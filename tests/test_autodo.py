@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import itertools
 import json
+import shutil
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -333,6 +334,26 @@ def test_fork_starts_from_a_plain_run(digits: Path, tmp_path: Path) -> None:
         ("evaluation", 18),
     ]
     assert json.loads((folder / "summary.json").read_text())["epochs"] == 2
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"data__imbalance_ratio": 2.0}, r"does not fit this model \(Size mismatch .* for hyper"),
+        ({"data__split_seed": 9}, "its rows are of other samples than the train part of this run"),
+        ({"learn__augment": "none"}, r"does not fit this model \(Size mismatch .* for hyper"),
+    ],
+)
+def test_a_table_of_another_run_is_refused(digits: Path, tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+    """Of another size, of as many other samples, or of other columns: its checkpoints copied into this run."""
+    split = {"data__validation_fraction": 0.3}
+    mine = run_train(learning(digits, tmp_path, run__name="mine", **split))
+    other = run_train(learning(digits, tmp_path, run__name="other", **(split | changes)))
+    shutil.rmtree(mine / "checkpoints")
+    shutil.copytree(other / "checkpoints", mine / "checkpoints")
+    (mine / "summary.json").unlink()
+    with pytest.raises(AutodoError, match=message):
+        run_train(learning(digits, tmp_path, run__name="mine", **split))
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -124,13 +127,21 @@ def test_saved_on_four_ranks_loaded_on_any(pool: RankPool, tmp_path: Path) -> No
     second = torch.cat([part for _, _, part, _ in results])
     value = dense(count, 20, 10, width)[0]
     touched = None
-    for ranks in (1, 2, 3):
+    for ranks in (1, 2, 3, 5):
         parts = pool.run(ranks, load, count, width, tmp_path / "table")
         whole = [torch.cat([part[index] for part in parts]) for index in range(3)]
         torch.testing.assert_close(whole[0], value, rtol=1e-12, atol=1e-12)
         assert torch.equal(whole[1], second)
         assert touched is None or torch.equal(whole[2], touched)
         touched = whole[2]
+
+
+@pytest.mark.parametrize("count", [40, 43, 3])
+def test_a_table_of_another_size_in_a_checkpoint_is_refused(pool: RankPool, tmp_path: Path, count: int) -> None:
+    """By whichever rank finds that its block does not fit, before a value is taken."""
+    pool.run(2, sharded, 41, 1, 10, 5, tmp_path / "table")
+    with pytest.raises(RankError, match="Size mismatch"):
+        pool.run(2, load, count, 5, tmp_path / "table")
 
 
 def fetch_stranger() -> None:
@@ -141,6 +152,66 @@ def fetch_stranger() -> None:
 def test_an_id_without_a_row_is_named(pool: RankPool) -> None:
     with pytest.raises(RankError, match="id 2 has no row; only the 9 train ids"):
         pool.run(2, fetch_stranger)
+
+
+class ThreadRanks:
+    """Ranks as threads of this process: `exchange` and nothing else of `Ranks`."""
+
+    def __init__(self, rank: int, slots: list[Any], barrier: threading.Barrier) -> None:
+        self.rank, self.ranks, self.device, self._slots, self._barrier = rank, len(slots), CPU, slots, barrier
+
+    def exchange(self, rows: torch.Tensor, sent: list[int], received: list[int]) -> torch.Tensor:
+        self._slots[self.rank] = rows.split(sent)
+        self._barrier.wait()
+        arrived = [pieces[self.rank] for pieces in self._slots]
+        self._barrier.wait()
+        assert [len(piece) for piece in arrived] == received
+        return torch.cat(arrived)
+
+
+@st.composite
+def exchanges(draw: st.DrawFn) -> tuple[list[int], int, list[list[list[int]]]]:
+    """Ids with gaps, a number of ranks, and steps: each rank's batch, of any length, with duplicates."""
+    ids = sorted(draw(st.sets(st.integers(0, 200), min_size=1, max_size=30)))
+    ranks = draw(st.integers(1, 8))
+    batch = st.lists(st.sampled_from(ids), max_size=8)
+    return ids, ranks, draw(st.lists(st.lists(batch, min_size=ranks, max_size=ranks), min_size=1, max_size=4))
+
+
+@settings(deadline=None, max_examples=150)
+@given(exchanges(), st.integers(1, 4), st.integers(0, 2**32 - 1))
+def test_the_exchange_is_one_dense_table(
+    case: tuple[list[int], int, list[list[list[int]]]], width: int, seed: int
+) -> None:
+    """Whatever N, ranks, batches and duplicates: every fetch gives what one dense table with dense RMSprop holds."""
+    listed, ranks, steps = case
+    ids, generator = np.array(listed, np.int64), np.random.default_rng(seed)
+    grads = [[torch.from_numpy(generator.standard_normal((len(mine), width))) for mine in step] for step in steps]
+    value = torch.nn.Parameter(start_values(ids, width))
+    optimizer = torch.optim.RMSprop([value], lr=0.1, alpha=RULE.decay, eps=RULE.eps)
+    expected = []
+    for batch, gradients in zip(steps, grads, strict=True):
+        rows = [torch.from_numpy(find(ids, np.array(mine, np.int64))) for mine in batch]
+        expected.append([value.detach()[mine] for mine in rows])
+        value.grad = torch.zeros_like(value).index_add_(0, torch.cat(rows), torch.cat(gradients))
+        optimizer.step()
+
+    def rank_of(rank: int) -> list[torch.Tensor]:
+        table = RowTable(ids, lambda mine: start_values(mine, width), ThreadRanks(rank, slots, barrier), RULE)
+        fetched = []
+        for number, (batch, gradients) in enumerate(zip(steps, grads, strict=True), start=1):
+            mine = torch.tensor(batch[rank], dtype=torch.int64)
+            fetched.append(table.fetch(mine))
+            table.apply_grads(mine, gradients[rank], lr=0.1, step=number)
+        return [*fetched, table.value_nP]
+
+    slots, barrier = [None] * ranks, threading.Barrier(ranks, timeout=60)
+    with ThreadPoolExecutor(ranks) as threads:
+        *fetched, blocks = zip(*threads.map(rank_of, range(ranks)), strict=True)
+    for got, wanted in zip(fetched, expected, strict=True):
+        for mine, theirs in zip(got, wanted, strict=True):
+            torch.testing.assert_close(mine, theirs, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(torch.cat(blocks), value.detach(), rtol=1e-12, atol=1e-12)
 
 
 @settings(deadline=None)
