@@ -19,7 +19,8 @@ from autodo_dist.data.manifest import Manifest, check_files
 from autodo_dist.data.order import Crop, Ids
 from autodo_dist.data.pixels import Finish, Pixels
 from autodo_dist.data.shards import Shards
-from autodo_dist.data.split import Split, make_split
+from autodo_dist.data.split import Recipe, Split, make_split
+from autodo_dist.data.split_file import read_split
 from autodo_dist.data.torchvision_pixels import TorchvisionPixels
 from autodo_dist.errors import AutodoError
 from autodo_dist.hyperparameters import Hyperparameters, Layout
@@ -128,7 +129,7 @@ def check_split(config: Config, manifest: Manifest, split: Split) -> None:
     if config.learn.anything and (missing := lacking(manifest, split.validation)):
         raise AutodoError(
             f"validation part: no picture of class {missing}; learning needs clean ones of every class: "
-            "raise data.validation_fraction, or pack a validation part"
+            "raise data.validation_fraction (or that of the file data.split), or pack a validation part"
         )
 
 
@@ -145,8 +146,7 @@ def check_sizes(config: Config, pictures: int, ranks: int) -> None:
         raise AutodoError(f"train.batch_size = {batch}: less than one picture for each of {ranks} ranks; raise it")
     if pictures < batch:
         raise AutodoError(
-            f"train.batch_size = {batch}: more than the {pictures} train pictures that data.imbalance_ratio and "
-            "data.validation_fraction leave; lower it"
+            f"train.batch_size = {batch}: more than the {pictures} train pictures that the split leaves; lower it"
         )
 
 
@@ -273,16 +273,17 @@ def build_engine(config: Config, model: Classifier, ranks: Ranks) -> DdpEngine:
 
 
 def build_split(config: Config, manifest: Manifest) -> Split:
-    """The parts of the run and the given labels."""
-    return make_split(
-        manifest.label_N,
-        manifest.part_N,
-        len(manifest.classes),
-        validation_fraction=config.data.validation_fraction,
-        imbalance_ratio=config.data.imbalance_ratio,
-        label_noise=config.data.label_noise,
-        seed=config.data.split_seed,
+    """The parts of the run and the given labels: of the file that data.split names, or drawn by the other settings."""
+    data = config.data
+    if data.split is not None:
+        return read_split(data.split, manifest)
+    recipe = Recipe(
+        validation_fraction=data.validation_fraction,
+        imbalance_ratio=data.imbalance_ratio,
+        noise_rate=data.label_noise,
+        seed=data.split_seed,
     )
+    return make_split(manifest.label_N, manifest.part_N, len(manifest.classes), recipe)
 
 
 def build_loaders(config: Config, manifest: Manifest, split: Split, ranks: Ranks) -> Loaders:

@@ -14,6 +14,7 @@ from autodo_dist.commands.doctor import doctor
 from autodo_dist.commands.evaluate import evaluate
 from autodo_dist.commands.plan import plan
 from autodo_dist.commands.rows import rows
+from autodo_dist.commands.split import split
 from autodo_dist.config import load_config
 from autodo_dist.config import settings as all_settings
 from autodo_dist.errors import AutodoError
@@ -22,13 +23,14 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
-    help="AutoDO for large, biased and mislabelled image data: pack, plan, train, evaluate.",
+    help="AutoDO for large, biased and mislabelled image data: pack, split, plan, train, evaluate.",
 )
 app.add_typer(pack.app, name="pack")
 app.command()(evaluate)
 app.command()(plan)
 app.command()(doctor)
 app.command()(rows)
+app.command()(split)
 
 
 @app.command()

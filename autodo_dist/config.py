@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 from pydantic.fields import FieldInfo
 
 from autodo_dist.errors import AutodoError
@@ -26,7 +26,8 @@ from autodo_dist.errors import AutodoError
 FREE_AT_RESUME = (
     "run.root",
     "run.name",
-    "data.root",
+    "data.root",  # what it holds may not change, nor data.split's: their checksums are compared (run_folder.py)
+    "data.split",
     "data.device",
     "data.threads",
     "data.decoder",
@@ -97,6 +98,9 @@ class Data(Section):
     )
     label_noise: float = Field(0.0, ge=0, le=1, description="NR: share of train labels that are redrawn uniformly")
     split_seed: int = Field(0, ge=0, lt=2**63, description="seed of the split and of its distortion")
+    split: Path | None = Field(
+        None, description="file that `autodo split` wrote, in place of the four settings before; null: drawn by them"
+    )
     device: Literal["auto", "cpu", "gpu"] = Field("auto", description="where DALI decodes; auto: as train.device")
     threads: int = Field(2, ge=1, description="decoding threads per rank")
     decoder: Literal["auto", "dali", "torchvision"] = Field(
@@ -115,6 +119,15 @@ class Data(Section):
         if area[0] > area[1]:
             raise ValueError("the smallest share comes first")
         return area
+
+    @field_validator("split")
+    @classmethod
+    def _alone(cls, split: Path | None, info: ValidationInfo) -> Path | None:
+        for name in ("validation_fraction", "imbalance_ratio", "label_noise", "split_seed"):
+            value, default = info.data.get(name), cls.model_fields[name].default
+            if split is not None and name in info.data and value != default:
+                raise ValueError(f"contradicts data.{name} = {value}; leave out one of them")
+        return split
 
 
 class Model(Section):

@@ -2,7 +2,7 @@
 
 runs/NAME/
   config.yaml         every setting, resolved
-  environment.json    data set's checksum; of each start: git commit, versions, hosts, ranks
+  environment.json    checksums of data set and split; of each start: git commit, versions, hosts, ranks
   metrics.jsonl       a line every train.log_every steps and every evaluation
   checkpoints/        see parallel/checkpoint.py
   logs/               plain lines, a file a rank
@@ -26,6 +26,7 @@ import yaml
 
 from autodo_dist import __version__
 from autodo_dist.config import Config, check_config, differences
+from autodo_dist.data import split_file
 from autodo_dist.data.manifest import Manifest
 from autodo_dist.errors import AutodoError
 from autodo_dist.files import read_json, write_json, write_text
@@ -34,8 +35,13 @@ PACKAGES = ("torch", "torchvision", "nvidia-dali-cuda130", "deepspeed", "submiti
 
 
 def check_same_run(config: Config, data_checksum: str) -> None:
-    """Refuse a folder that holds another run: other settings than those free at a resume, or another data set."""
-    folder = config.folder
+    """Refuse a folder that holds another run: other settings than those free at a resume, another data set or split.
+
+    A fork's data set and split are those of the run that it starts from.
+    """
+    folder, source = config.folder, config.run.fork.rpartition("@")[0]
+    if source:
+        check_same_data(Path(source), config.data.root, data_checksum, config.data.split)
     if not (folder / "config.yaml").is_file():
         return
     changed = differences(read_config(folder), config)
@@ -44,17 +50,31 @@ def check_same_run(config: Config, data_checksum: str) -> None:
             f"run {folder}: was made with other settings ({'; '.join(changed)}); "
             "choose another run.name, take the old settings, or delete the folder"
         )
-    check_same_data(folder, config.data.root, data_checksum)
+    check_same_data(folder, config.data.root, data_checksum, config.data.split)
 
 
-def check_same_data(folder: Path, root: Path, data_checksum: str) -> None:
-    """Refuse a data set other than the one that the run was made with."""
+def check_same_data(folder: Path, root: Path, data_checksum: str, split: Path | None) -> None:
+    """Refuse a data set or a split file other than the one that the run was made with."""
     path = folder / "environment.json"
-    if path.is_file() and read_json(path).get("data_checksum", data_checksum) != data_checksum:
+    if not path.is_file():
+        return
+    made_with = read_json(path)
+    if made_with.get("data_checksum", data_checksum) != data_checksum:
         raise AutodoError(
             f"run {folder}: was made with another packed data set than {root} (checksum of its manifest); "
             "set data.root to that one, or choose another run.name"
         )
+    if made_with.get("split_checksum") != split_checksum(split):
+        raise AutodoError(
+            f"run {folder}: was made with another split than data.split = {split} (checksum "
+            f"{_short(made_with.get('split_checksum'))}, now {_short(split_checksum(split))}); "
+            "set data.split to that one, or choose another run.name"
+        )
+
+
+def split_checksum(split: Path | None) -> str | None:
+    """Checksum of the split file; None where a run has none."""
+    return None if split is None else split_file.checksum(split)
 
 
 def make(folder: Path) -> None:
@@ -87,7 +107,8 @@ def describe(config: Config, data_checksum: str, hosts: list[str], main: bool) -
         "python": platform.python_version(),
         "autodo_dist": __version__,
     } | {name: _version(name) for name in PACKAGES}
-    write_json(path, {"data_checksum": data_checksum, "starts": [*starts, start]})
+    checksums = {"data_checksum": data_checksum, "split_checksum": split_checksum(config.data.split)}
+    write_json(path, checksums | {"starts": [*starts, start]})
 
 
 def write_labels(folder: Path, rows: list[tuple[int, int, float, int, float]], manifest: Manifest) -> None:
@@ -127,6 +148,10 @@ def git_commit() -> str | None:
 def host() -> str:
     """Name of this machine, with the process id: where a rank runs."""
     return f"{socket.gethostname()}:{os.getpid()}"
+
+
+def _short(checksum: str | None) -> str:
+    return "none" if checksum is None else checksum[:12]
 
 
 def _version(package: str) -> str | None:

@@ -33,7 +33,7 @@ def evaluate_checkpoint(run: Path, step: int | None, data: Path | None) -> dict[
 
     config = run_folder.read_config(run)
     manifest = read_manifest(data or config.data.root)
-    run_folder.check_same_data(run, manifest.root, manifest.checksum)
+    run_folder.check_same_data(run, manifest.root, manifest.checksum, config.data.split)
     check_files(manifest)
     with comm.process_group(comm.Place(), build.choose_device(config.train.device, 0)) as ranks:
         root = run / "checkpoints"

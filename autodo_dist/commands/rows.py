@@ -64,7 +64,7 @@ def read_rows(run: Path, spans: Sequence[tuple[int, int]], step: int | None, dat
         raise AutodoError(f"run {run}: learns nothing of its samples (learn.augment, weight, soft_label are all off)")
     path = find_checkpoint(run / "checkpoints", step)
     manifest = read_manifest(data or config.data.root)
-    run_folder.check_same_data(run, manifest.root, manifest.checksum)
+    run_folder.check_same_data(run, manifest.root, manifest.checksum, config.data.split)
     split = build.build_split(config, manifest)
     ids = expand(spans, split)
     layout = build.build_layout(config, len(manifest.classes))
