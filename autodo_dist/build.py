@@ -40,13 +40,16 @@ DTYPES = {"fp32": torch.float32, "fp64": torch.float64}
 
 @dataclass(frozen=True)
 class Loaders:
-    """A stream for each use. `hyper` and `hyper_validation` are the two sides of a hyper step."""
+    """A stream for each use, and what they all dropped. `hyper` and `hyper_validation` are the two sides of a hyper
+    step.
+    """
 
     task: Loader
     hyper: Loader
     hyper_validation: Loader
     validation: Loader
     test: Loader
+    dropped: Dropped
 
 
 @dataclass(frozen=True)
@@ -290,11 +293,12 @@ def build_loaders(config: Config, manifest: Manifest, split: Split, ranks: Ranks
     """A loader for each use; only the train part's labels are the given ones."""
     data = config.data
     crop = Crop(data.crop, data.crop_area, data.crop_padding, data.image_size, data.evaluation_crop, data.flip)
+    dropped = build_dropped(config, manifest)
     load = functools.partial(
         Loader,
         Shards(manifest),
         build_pixels(config, Finish(crop, data.mean, data.std), ranks.device),
-        build_dropped(config, manifest),
+        dropped,
         seed=config.train.seed,
         rank=ranks.rank,
         ranks=ranks.ranks,
@@ -311,6 +315,7 @@ def build_loaders(config: Config, manifest: Manifest, split: Split, ranks: Ranks
         hyper_validation=load(manifest.label_N, split.validation, pass_="validation", batch_size=validation_batch),
         validation=load(manifest.label_N, split.validation, pass_="evaluation", batch_size=batch),
         test=load(manifest.label_N, split.test, pass_="evaluation", batch_size=batch),
+        dropped=dropped,
     )
 
 

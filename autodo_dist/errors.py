@@ -7,3 +7,7 @@ class AutodoError(Exception):
     Command line and launcher print it without a traceback and exit with status 1; any other exception is a bug of
     ours and keeps its traceback in the rank's log.
     """
+
+
+class DecodeError(AutodoError):
+    """A picture does not decode, or one of several; which one is not known then."""

@@ -6,6 +6,7 @@ runs/NAME/
   metrics.jsonl       a line every train.log_every steps and every evaluation
   checkpoints/        see parallel/checkpoint.py
   logs/               plain lines, a file a rank
+  dropped.csv         with data.on_error=skip: pictures that do not decode
   labels.csv          what was learnt of each train sample: weight, suggested label, its probability
   summary.json        the result; a run that has it is finished
 """
@@ -14,6 +15,8 @@ from __future__ import annotations
 
 import csv
 import importlib.metadata
+import io
+import logging
 import os
 import platform
 import socket
@@ -31,6 +34,7 @@ from autodo_dist.data.manifest import Manifest
 from autodo_dist.errors import AutodoError
 from autodo_dist.files import read_json, write_json, write_text
 
+log = logging.getLogger(__name__)
 PACKAGES = ("torch", "torchvision", "nvidia-dali-cuda130", "deepspeed", "submitit", "webdataset", "numpy")
 
 
@@ -121,6 +125,22 @@ def write_labels(folder: Path, rows: list[tuple[int, int, float, int, float]], m
             names = manifest.classes[given], manifest.classes[suggested]
             writer.writerow([id_, manifest.keys[id_], names[0], f"{weight:.6g}", names[1], f"{probability:.6g}"])
     os.replace(partial, folder / "labels.csv")
+
+
+def write_dropped(folder: Path, why: dict[int, str], manifest: Manifest) -> None:
+    """Add pictures that were dropped (id -> why) to dropped.csv, and say which are new."""
+    path = folder / "dropped.csv"
+    known = {}
+    if path.is_file():
+        with path.open(newline="", encoding="utf-8") as file:
+            known = {int(row["id"]): row["why"] for row in csv.DictReader(file)}
+    if new := why.keys() - known.keys():
+        names = ", ".join(str(manifest.keys[id_]) for id_ in sorted(new)[:5])
+        log.warning("%d pictures that do not decode are left out (%s …), see %s", len(new), names, path)
+        text = io.StringIO()
+        rows = [(id_, manifest.keys[id_], reason) for id_, reason in sorted((known | why).items())]
+        csv.writer(text, lineterminator="\n").writerows([("id", "key", "why"), *rows])
+        write_text(path, text.getvalue())
 
 
 def read_config(folder: Path) -> Config:

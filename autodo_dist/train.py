@@ -181,6 +181,7 @@ def evaluate_parts(run: Run) -> None:
         for name, loader in (("validation", parts.loaders.validation), ("test", parts.loaders.test)):
             found = evaluate(parts.model, loader, parts.manifest.classes, parts.dtype, run.ranks)
             row |= {f"{name}_{key}": value for key, value in found.items()}
+    note_dropped(run)
     progress.last = row
     validation = row["validation_accuracy"]
     if validation is not None and validation > progress.best.get("validation_accuracy", -1.0):
@@ -207,6 +208,7 @@ def write_line(run: Run, interval: Interval, last: bool) -> None:
             f"step {progress.step}: the loss is {sums['loss']}; lower optim.lr, and delete the run folder"
         )
     run.sums.zero_()
+    note_dropped(run)
     seconds, wait = interval.read()
     waits, memories = zip(*run.ranks.gather((wait, peak_memory(run.ranks.device))), strict=True)
     row: dict[str, Any] = {"kind": progress.pass_, "step": progress.step}
@@ -230,6 +232,18 @@ def write_line(run: Run, interval: Interval, last: bool) -> None:
         run.metrics.write(row)
         value = f"loss {row['loss']:.4f}" if progress.pass_ == "task" else f"cosine {row['cosine']:.4f}"
         log.info("%s step %d: %s, %.0f images/s", progress.pass_, progress.step, value, row["images_per_second"])
+
+
+def note_dropped(run: Run) -> None:
+    """List the pictures that any rank dropped in the run folder. Every rank must call this.
+
+    AutodoError if they are more than may be.
+    """
+    dropped = run.parts.loaders.dropped
+    found = {id_: why for part in run.ranks.gather(dropped.why) for id_, why in part.items()}
+    dropped.check(len(found))
+    if found and run.ranks.main:
+        run_folder.write_dropped(run.config.folder, found, run.parts.manifest)
 
 
 def save(run: Run) -> None:

@@ -26,9 +26,9 @@ import torch
 from autodo_dist.data import order
 from autodo_dist.data.manifest import Manifest
 from autodo_dist.data.order import Crop, Ids, Pass
-from autodo_dist.data.pixels import DecodeError, Pictures, Pixels
+from autodo_dist.data.pixels import Pictures, Pixels
 from autodo_dist.data.shards import Shards
-from autodo_dist.errors import AutodoError
+from autodo_dist.errors import AutodoError, DecodeError
 
 S = TypeVar("S")
 T = TypeVar("T")
@@ -80,7 +80,7 @@ class Dropped:
 
     def add(self, faults: dict[int, str]) -> None:
         """Note further pictures. AutodoError if they are too many."""
-        self.why |= faults
+        self.why = self.why | faults  # a new one, as others may be reading the old one
         id_, why = next(iter(faults.items()))
         picture = f"data {self.manifest.root}: picture {self.manifest.keys[id_]} (id {id_}) does not decode ({why}); "
         if not self.most:
@@ -177,6 +177,11 @@ class Loader:
         if self.dropped.why:
             read = read.only(~np.isin(read.ids_B, list(self.dropped.why)))
         if not len(read.ids_B):
+            if self.random_crop:  # BatchNorm cannot do with no picture
+                raise AutodoError(
+                    f"data {self.shards.manifest.root}: rank {self.rank}'s whole part of a batch does not decode; "
+                    "pack again, or raise train.batch_size"
+                )
             return read, torch.empty(0, 3, self.crop.image_size, self.crop.image_size)
         try:
             return read, self._pixels.decode(read.pictures)

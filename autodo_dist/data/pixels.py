@@ -11,7 +11,6 @@ import torch
 
 from autodo_dist.data.order import Crop
 from autodo_dist.data.shards import Encoded
-from autodo_dist.errors import AutodoError
 
 
 @dataclass(frozen=True)
@@ -55,7 +54,3 @@ class Pixels(Protocol):
 
     def fault(self, encoded: Encoded) -> str | None:
         """Why this picture does not decode; None: it does."""
-
-
-class DecodeError(AutodoError):
-    """A picture of a batch does not decode; which one is not known yet."""

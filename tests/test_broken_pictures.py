@@ -1,0 +1,139 @@
+"""Pictures that do not decode while a run goes on: dropped from their batch, everything else stays as it was."""
+
+from __future__ import annotations
+
+import csv
+import itertools
+import os
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from ranks import RankPool
+from test_autodo import learning
+from test_loader import make
+from test_train import assert_close_runs, assert_equal_states, cut_back, lines, run_train, settings, weights
+
+from autodo_dist.data import order
+from autodo_dist.data.loader import Dropped
+from autodo_dist.data.manifest import Manifest, read_manifest
+from autodo_dist.errors import AutodoError
+
+DECODERS = pytest.mark.parametrize("decoder", ["dali", "torchvision"])
+
+
+def damaged(digits: Path, folder: Path, ids: list[int]) -> Manifest:
+    """A copy of the data set in which the first bytes of these pictures are zeros, and no stamp tells."""
+    manifest = read_manifest(digits)
+    copy = replace(manifest, root=Path(shutil.copytree(digits, folder)))
+    for id_ in ids:
+        tar = copy.root / copy.shards[copy.shard_N[id_]].name
+        before, data = tar.stat(), bytearray(tar.read_bytes())
+        data[copy.offset_N[id_] : copy.offset_N[id_] + 64] = bytes(64)
+        tar.write_bytes(data)
+        os.utime(tar, ns=(before.st_atime_ns, before.st_mtime_ns))
+    return copy
+
+
+@pytest.fixture(scope="module")
+def train_ids(digits: Path) -> np.ndarray:
+    return np.flatnonzero(read_manifest(digits).part_N == 0)[:100]
+
+
+@DECODERS
+@pytest.mark.parametrize("ranks", [1, 3])
+def test_only_the_broken_ones_are_missing(
+    digits: Path, train_ids: np.ndarray, tmp_path: Path, decoder: str, ranks: int
+) -> None:
+    """Two in one batch and the last of the pass, in two epochs; batches tell the ids of the next as they come."""
+    ids = order.shuffled(train_ids, 7, 0, "task")
+    broken = [int(ids[23]), int(ids[29]), int(ids[99])]
+    copy = damaged(digits, tmp_path / "copy", broken)
+    options: dict[str, Any] = {"batch_size": 20, "ranks": ranks, "decoder": decoder}
+    for rank in range(ranks):
+        dropped = Dropped(copy, most=3)
+        whole = make(read_manifest(digits), train_ids, rank=rank, **options)
+        left = make(copy, train_ids, rank=rank, dropped=dropped, **options)
+        for epoch in (0, 1):
+            batches = list(left.batches(epoch))
+            for got, expected in zip(batches, whole.batches(epoch), strict=True):
+                keep = ~torch.isin(expected.ids_B, torch.tensor(broken))
+                assert torch.equal(got.ids_B, expected.ids_B[keep])
+                assert torch.equal(got.images_BCHW, expected.images_BCHW[keep])
+                assert torch.equal(got.labels_B, expected.labels_B[keep])
+                assert torch.equal(got.draws_BD, expected.draws_BD[keep])
+            for batch, following in itertools.pairwise(batches):
+                assert torch.equal(batch.next_ids_B, following.ids_B)
+        assert set(dropped.why) <= set(broken)
+        assert ranks > 1 or set(dropped.why) == set(broken)
+
+
+@DECODERS
+def test_more_than_may_be_dropped(digits: Path, train_ids: np.ndarray, tmp_path: Path, decoder: str) -> None:
+    copy = damaged(digits, tmp_path / "copy", train_ids[:4].tolist())
+    loader = make(copy, train_ids, batch_size=20, dropped=Dropped(copy, most=3), decoder=decoder)
+    with pytest.raises(AutodoError, match=r"does not decode .* 4 pictures do not decode, more than the 3"):
+        list(loader.batches(0))
+
+
+def test_a_part_with_nothing_left_is_refused_in_training_and_empty_in_evaluation(
+    digits: Path, train_ids: np.ndarray, tmp_path: Path
+) -> None:
+    copy = damaged(digits, tmp_path / "copy", train_ids[:2].tolist())
+    options: dict[str, Any] = {"batch_size": 2, "dropped": Dropped(copy, most=9)}
+    (batch,) = make(copy, train_ids[:2], pass_="evaluation", **options).batches(0)
+    assert len(batch) == 0
+    with pytest.raises(AutodoError, match="rank 0's whole part of a batch does not decode"):
+        list(make(copy, train_ids[:2], **options).batches(0))
+
+
+@pytest.fixture(scope="module")
+def broken(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Manifest, list[int]]:
+    """Two train pictures, a validation and a test picture are broken."""
+    manifest = read_manifest(digits)
+    ids = [*np.flatnonzero(manifest.part_N == 0)[[0, 400]], *(np.flatnonzero(manifest.part_N == p)[7] for p in (1, 2))]
+    return damaged(digits, tmp_path_factory.mktemp("broken") / "copy", [int(id_) for id_ in ids]), ids
+
+
+def listed(folder: Path) -> list[int]:
+    with (folder / "dropped.csv").open(newline="") as file:
+        return [int(row["id"]) for row in csv.DictReader(file)]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({}, r"picture .* does not decode .* or set data.on_error=skip"),
+        ({"data__on_error": "skip", "data__most_dropped": 0.0001}, r"more than the 1 that data\.most_dropped allows"),
+    ],
+)
+def test_a_run_stops_unless_it_may_skip_so_many(
+    broken: tuple[Manifest, list[int]], tmp_path: Path, changes: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(AutodoError, match=message):
+        run_train(settings(broken[0].root, tmp_path, data__imbalance_ratio=1, **changes))
+
+
+def test_a_run_with_dropped_pictures_learns_the_same_on_any_ranks(
+    pool: RankPool, broken: tuple[Manifest, list[int]], tmp_path: Path
+) -> None:
+    """AutoDO with every group: 1 and 3 ranks agree to 1e-10, a resume is bit-exact, the run folder lists all four."""
+    copy, ids = broken
+    split = {"data__imbalance_ratio": 1, "data__on_error": "skip", "data__most_dropped": 0.01}
+    folders = {}
+    for ranks in (1, 3):
+        tree = learning(copy.root, tmp_path / str(ranks), train__precision="fp64", **split)
+        folders[ranks] = pool.run(ranks, run_train, tree)[0]
+        assert listed(folders[ranks]) == sorted(ids)
+    last = max(row["step"] for row in lines(folders[1]))
+    assert_close_runs(folders[3], folders[1], last)
+    expected, metrics = weights(folders[3], last), lines(folders[3])
+    cut_back(folders[3], 15)
+    pool.run(3, run_train, tree)
+    assert_equal_states(weights(folders[3], last), expected)
+    assert lines(folders[3]) == metrics
+    assert listed(folders[3]) == sorted(ids)

@@ -1,0 +1,123 @@
+"""DALI and torchvision decode, cut and resize alike, for every kind of picture that `pack` admits."""
+
+from __future__ import annotations
+
+import io
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from autodo_dist.data.dali import DaliPixels
+from autodo_dist.data.order import Crop
+from autodo_dist.data.pixels import Finish, Pictures
+from autodo_dist.data.shards import Encoded
+from autodo_dist.data.torchvision_pixels import TorchvisionPixels
+from autodo_dist.errors import DecodeError
+
+HEIGHT, WIDTH = 150, 200
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+def natural() -> Image.Image:
+    """Something with edges, gradients and grain."""
+    rows, columns = np.mgrid[0:HEIGHT, 0:WIDTH]
+    generator = np.random.default_rng(0)
+    smooth = np.stack([rows * 1.5, columns * 1.2, 128 + 90 * np.sin(rows / 9) * np.cos(columns / 13)], -1)
+    smooth[40:90, 60:120] = 255 - smooth[40:90, 60:120]
+    return Image.fromarray((smooth + generator.normal(0, 6, smooth.shape)).clip(0, 255).astype(np.uint8))
+
+
+def encoded(image: Image.Image, kind: str, **options: Any) -> Encoded:
+    file = io.BytesIO()
+    image.save(file, kind, **options)
+    return np.frombuffer(file.getvalue(), np.uint8)
+
+
+def kinds() -> dict[str, Encoded]:
+    image = natural()
+    turned = Image.Exif()
+    turned[274] = 6
+    alpha = image.convert("RGBA")
+    alpha.putalpha(image.convert("L"))
+    deep = Image.fromarray(np.asarray(image.convert("L")).astype(np.uint16) * 257)
+    return {
+        "jpeg": encoded(image, "JPEG", quality=90),
+        "jpeg, 4:4:4": encoded(image, "JPEG", quality=90, subsampling=0),
+        "jpeg, progressive": encoded(image, "JPEG", progressive=True),
+        "jpeg, grey": encoded(image.convert("L"), "JPEG"),
+        "jpeg, CMYK": encoded(image.convert("CMYK"), "JPEG"),
+        "jpeg, turned": encoded(image, "JPEG", exif=turned.tobytes()),
+        "png": encoded(image, "PNG"),
+        "png, palette": encoded(image.convert("P"), "PNG"),
+        "png, alpha": encoded(alpha, "PNG"),
+        "png, grey alpha": encoded(alpha.convert("LA"), "PNG"),
+        "png, 16 bit": encoded(deep, "PNG"),
+        "webp": encoded(image, "WEBP"),
+        "webp, alpha": encoded(alpha, "WEBP", lossless=True),
+        "bmp": encoded(image, "BMP"),
+        "tiff": encoded(image, "TIFF"),
+        "tiff, 16 bit": encoded(deep, "TIFF"),
+        "ppm": encoded(image, "PPM"),
+        "jp2": encoded(image, "JPEG2000"),
+    }
+
+
+def pictures(several: list[Encoded], crop: Crop) -> Pictures:
+    """All windows of these pictures are the same; every other one is mirrored."""
+    count = len(several)
+    if crop.kind == "padded":
+        origin, size = np.array([3, -5]) / crop.image_size, np.array([1.0, 1.0])
+    else:
+        origin, size = np.array([30 / HEIGHT, 20 / WIDTH]), np.array([100 / HEIGHT, 120 / WIDTH])
+    tile = np.ones((count, 1), np.float32)
+    return Pictures(
+        several, tile * origin.astype(np.float32), tile * size.astype(np.float32), np.arange(count, dtype=np.int32) % 2
+    )
+
+
+@pytest.mark.parametrize("kind", kinds())
+def test_a_whole_picture_is_the_same(kind: str) -> None:
+    """Not resized, only decoded: no difference, but for one step of 255 where 16 bits become 8."""
+    upright = (WIDTH, HEIGHT) if kind == "jpeg, turned" else (HEIGHT, WIDTH)
+    side = min(upright)
+    crop = Crop("resized", (1.0, 1.0), 0, side, 1.0, flip=False)
+    window = Pictures(
+        [kinds()[kind]],
+        np.zeros((1, 2), np.float32),
+        np.array([[side / upright[0], side / upright[1]]], np.float32),
+        np.zeros(1, np.int32),
+    )
+    finish = Finish(crop, (0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
+    ours, theirs = (pixels.decode(window) for pixels in (DaliPixels(finish, 1, 1, None), TorchvisionPixels(finish, 1)))
+    assert ours.shape == (1, 3, side, side)
+    assert float((255 * (ours - theirs)).abs().max()) < (1.01 if "16 bit" in kind else 1e-3)
+
+
+@pytest.mark.parametrize("side", [24, 64, 160])
+@pytest.mark.parametrize("kind", ["resized", "padded", "whole"])
+def test_windows_are_resized_alike(kind: Any, side: int) -> None:
+    """Smaller and larger than the window: mean difference below 0.3 of 255, the largest 4."""
+    crop = Crop(kind, (0.1, 1.0), 4, side, 0.875, flip=True)
+    window = pictures([kinds()["jpeg"], kinds()["png"]], crop)
+    finish = Finish(crop, MEAN, STD)
+    ours, theirs = (pixels.decode(window) for pixels in (DaliPixels(finish, 2, 1, None), TorchvisionPixels(finish, 2)))
+    assert ours.dtype == theirs.dtype == torch.float32
+    difference = (255 * (ours - theirs) * torch.tensor(STD)[:, None, None]).abs()
+    assert float(difference.mean()) < 0.3
+    assert float(difference.max()) < 4.01
+
+
+@pytest.mark.parametrize("broken", [b"", b"\xff\xd8\xff", bytes(100)])
+def test_a_broken_picture_is_found(broken: bytes) -> None:
+    crop = Crop("whole", (1.0, 1.0), 0, 24, 1.0, flip=False)
+    good, bad = kinds()["jpeg"], np.frombuffer(broken, np.uint8)
+    finish = Finish(crop, MEAN, STD)
+    for pixels in (DaliPixels(finish, 2, 1, None), TorchvisionPixels(finish, 2)):
+        with pytest.raises(DecodeError):
+            pixels.decode(pictures([good, bad], crop))
+        assert pixels.fault(good) is None
+        assert pixels.fault(bad)
+        assert pixels.decode(pictures([good], crop)).shape == (1, 3, 24, 24)
