@@ -61,6 +61,7 @@ def kinds() -> dict[str, Encoded]:
         "tiff": encoded(image, "TIFF"),
         "tiff, 16 bit": encoded(deep, "TIFF"),
         "ppm": encoded(image, "PPM"),
+        "pgm, 16 bit": encoded(deep, "PPM"),
         "jp2": encoded(image, "JPEG2000"),
     }
 

@@ -1,173 +1,40 @@
 """Pictures -> webdataset shards, DALI indexes and a manifest (whose on-disk format manifest.py describes).
 
+    sources -> probe, chunk by chunk -> plan of shards -> shards -> manifest
+
 Every picture is read twice: once to decode it in full, as training will, so that a broken one gets no id, and once to
-write it. What is kept in memory is a row a picture, never its bytes.
+write it. What is kept in memory is a row a picture, never its bytes. Chunks and shards are shared out to workers, and
+each leaves a note when it is done (unfinished.py), so that a pack that was stopped goes on. The bytes depend on the
+sources, the seed and the options alone.
 """
 
 from __future__ import annotations
 
-import io
-import os
-import re
-import tarfile
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-from PIL import Image, UnidentifiedImageError
 
-from autodo_dist.data.decode import Decoder
-from autodo_dist.data.manifest import PARTS, Shard, write_manifest
-from autodo_dist.data.split import split_off
+from autodo_dist.data import unfinished
+from autodo_dist.data.encode import Shrink
+from autodo_dist.data.manifest import Shard, write_manifest
+from autodo_dist.data.probe import Found, probe_chunk
+from autodo_dist.data.sources import TEST, TRAIN, VALIDATION, Source, draw_part
+from autodo_dist.data.workers import Workers
+from autodo_dist.data.write_shards import Place, Planned, plan_shards, write_shard
 from autodo_dist.errors import AutodoError
-from autodo_dist.files import sha256
+from autodo_dist.files import write_text
 
-TRAIN, VALIDATION, TEST = range(len(PARTS))
-EXTENSIONS = ("jpg", "png", "webp", "bmp", "tif", "tiff", "ppm", "pgm", "pnm", "jp2")
-FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "PPM", "JPEG2000")  # PIL's names
-REFUSED = {("TIFF", "LA"), ("TIFF", "PA")}  # (format, PIL's mode) that DALI 2.4 decodes to wrong colours, silently
-FOLDERS = {"train": TRAIN, "val": VALIDATION, "test": TEST}
+__all__ = ["TEST", "TRAIN", "VALIDATION", "Source", "draw_part", "pack"]  # what a maker of sources needs
+
 SHARD_SAMPLES = 1000
-DIGITS_SHARD_SAMPLES = 256  # a few hundred kB, but several shards a part
-_OURS = re.compile(
-    rf"(({'|'.join(PARTS)})-\d+\.(tar|idx)|samples\.parquet|(stamps|manifest)\.json|unreadable\.txt)(\.partial)?"
-)
-_SPLIT, _SHUFFLE = 0, 1  # what a random stream of the pack's seed is for
+CHUNK = 256  # pictures that a worker probes before it notes them: about 2 s of ImageNet's
 
-Report = Callable[[str, int, int], None]  # (stage, pictures done, pictures in all)
-
-
-@dataclass(frozen=True)
-class Source:
-    """One picture to pack: `key` names it to the reader, `label` indexes the classes, `part` indexes PARTS.
-
-    `read` returns the encoded bytes; `extension` is that of the tar's member, without the dot.
-    """
-
-    key: str
-    extension: str
-    label: int
-    part: int
-    read: Callable[[], bytes]
-
-
-@dataclass(frozen=True)
-class Sample:
-    """A source that decodes; height and width are pixels after EXIF orientation."""
-
-    source: Source
-    height: int
-    width: int
-
-
-# ---------------------------------------------------------------------------------------------------------- sources
-
-
-def digits_sources(seed: int, validation_fraction: float, test_fraction: float) -> tuple[list[str], list[Source]]:
-    """Class names and pictures of scikit-learn's 1,797 handwritten digits, as grey PNGs of 32 × 32 pixels.
-
-    The fractions are those of `draw_part`: test is drawn first, validation from what is left.
-    """
-    from sklearn.datasets import load_digits  # only this source needs scikit-learn
-
-    scans_NHW, labels_N = load_digits(return_X_y=True)
-    scans_NHW = np.round(scans_NHW.reshape(-1, 8, 8) * (255 / 16)).astype(np.uint8)
-    sources = [
-        Source(f"digit-{index:05d}", "png", int(label), TRAIN, partial(_enlarged_png, scan_HW))
-        for index, (scan_HW, label) in enumerate(zip(scans_NHW, labels_N, strict=True))
-    ]
-    generator = _generator(seed, _SPLIT)
-    for part, fraction in ((TEST, test_fraction), (VALIDATION, validation_fraction)):
-        sources = draw_part(sources, part, 10, fraction, generator)
-    return [str(digit) for digit in range(10)], sources
-
-
-def _enlarged_png(scan_HW: npt.NDArray[np.uint8]) -> bytes:
-    file = io.BytesIO()
-    Image.fromarray(scan_HW).resize((32, 32), Image.Resampling.BICUBIC).save(file, "PNG")
-    return file.getvalue()
-
-
-def folder_sources(
-    src: Path, seed: int, validation_fraction: float, test_fraction: float
-) -> tuple[list[str], list[Source]]:
-    """Class names and pictures of SRC/train/<class>/*, SRC/val/<class>/* and SRC/test/<class>/*.
-
-    Classes are the sorted names of SRC/train's folders; hidden files are passed over. Where val or test is missing,
-    its fraction of train becomes that part, as in `draw_part`: test is drawn first, validation from what is left.
-    AutodoError names the folder that is missing, empty, nested or of an unknown class.
-    """
-    if not src.is_dir():
-        raise AutodoError(f"pack {src}: no such folder; give one that holds train/<class>/<pictures>")
-    if not (src / "train").is_dir():
-        raise AutodoError(f"pack {src}: holds no folder train; put the pictures into {src / 'train'}/<class>/")
-    classes = _class_names(src / "train")
-    sources = []
-    for folder, part in FOLDERS.items():
-        if (src / folder).is_dir():
-            sources += _folder_part(src, folder, part, classes)
-    generator = _generator(seed, _SPLIT)
-    for folder, fraction in (("test", test_fraction), ("val", validation_fraction)):
-        if not (src / folder).is_dir():
-            sources = draw_part(sources, FOLDERS[folder], len(classes), fraction, generator)
-    return classes, sources
-
-
-def _folder_part(src: Path, folder: str, part: int, classes: list[str]) -> list[Source]:
-    """Sources of one of SRC's folders, in the order of their keys within a class."""
-    label_of = {name: label for label, name in enumerate(classes)}
-    sources = []
-    for name in _class_names(src / folder):
-        if name not in label_of:
-            raise AutodoError(f"pack {src / folder / name}: train knows no class {name!r}; rename or delete the folder")
-        for entry in _entries(src / folder / name):
-            if entry.is_dir():
-                raise AutodoError(f"pack {entry.path}: a folder inside a class; move its pictures up or delete it")
-            path = Path(entry.path)
-            extension = path.suffix[1:].lower()
-            key = os.fsencode(path.relative_to(src)).decode(errors="backslashreplace")
-            sources.append(
-                Source(key, "jpg" if extension == "jpeg" else extension, label_of[name], part, path.read_bytes)
-            )
-    if not sources:
-        raise AutodoError(f"pack {src / folder}: holds no picture; put pictures into <class>/ there or delete it")
-    return sources
-
-
-def _class_names(folder: Path) -> list[str]:
-    return [entry.name for entry in _entries(folder) if entry.is_dir()]
-
-
-def _entries(folder: Path) -> list[os.DirEntry[str]]:
-    """What a folder holds, sorted by name: folders, files, and links that lead nowhere (unreadable later on)."""
-    try:
-        with os.scandir(folder) as found:
-            entries = [entry for entry in found if entry.is_dir() or entry.is_file() or entry.is_symlink()]
-    except OSError as error:
-        raise AutodoError(f"pack {folder}: cannot be read ({error.strerror}); mend its permissions") from error
-    return sorted((entry for entry in entries if not entry.name.startswith(".")), key=lambda entry: entry.name)
-
-
-def draw_part(
-    sources: list[Source], part: int, classes: int, fraction: float, generator: np.random.Generator
-) -> list[Source]:
-    """Move round(fraction·n) of each class's n train sources to another part."""
-    label_N = np.array([source.label for source in sources], dtype=np.int32)
-    train = np.flatnonzero(np.array([source.part for source in sources]) == TRAIN)
-    _, moved = split_off(train, label_N, classes, fraction, generator)
-    sources = list(sources)
-    for index in moved.tolist():
-        sources[index] = replace(sources[index], part=part)
-    return sources
-
-
-# ------------------------------------------------------------------------------------------------------------- pack
+Report = Callable[[str, int, int], None]  # (stage, done, in all): pictures, or bytes where the stage says so
 
 
 def pack(
@@ -181,182 +48,123 @@ def pack(
     skip_unreadable: bool,
     origin: dict[str, Any],
     report: Report,
+    inputs: Sequence[Path] = (),
+    about: dict[str, Any] | None = None,
+    shrink: Shrink | None = None,
+    workers: int = 1,
 ) -> dict[str, str]:
     """Pack the sources into folder `out`; return the pictures that were left out: key -> what is wrong with it.
 
     Each part is shuffled once by `seed`; ids run 0..N-1 over train, validation, test, without gaps. `shard_samples` is
-    the most pictures in a shard; `origin` says in the manifest how it was packed. The same sources and seed give the
-    same bytes. AutodoError if `out` holds something else, a class has no train picture, a picture does not decode and
-    skip_unreadable is not set, or a file cannot be read or written. An interrupted pack leaves no manifest, and the
-    next one into the same folder starts anew.
+    the most pictures in a shard. `origin` holds the options that decide the bytes, and goes into the manifest with
+    `about`, which holds what else is known; `inputs` are the files and folders that the sources come from.
+
+    A pack that was stopped, however, goes on when it is started again with the same origin and inputs: what is done is
+    kept where its files have not changed since. The same sources and options give the same bytes, on any number of
+    workers, stopped or not. AutodoError if `out` holds something else, two keys are equal, a class has no train
+    picture, a picture does not decode and skip_unreadable is not set, or a file cannot be read or written.
     """
+    _require_every_class(name, classes, sources)
+    _require_unique_keys(name, sources)
+    workers = min(workers, -(-len(sources) // CHUNK))  # a few pictures are packed before another process has started
     try:
-        prepare_folder(out)
-        _require_every_class(name, classes, sources)
-        samples, unreadable = probe_all(sources, report)
-        if unreadable:
-            listing = "".join(f"{key}: {why}\n" for key, why in unreadable.items())
-            (out / "unreadable.txt").write_text(listing, encoding="utf-8")
-        if unreadable and not skip_unreadable:
-            raise AutodoError(_explain_unreadable(name, unreadable, out / "unreadable.txt"))
-        _require_every_class(name, classes, [sample.source for sample in samples])
-        _write(out, name, classes, plan_shards(samples, seed, shard_samples), origin, len(unreadable), report)
+        with unfinished.begun(out, command(origin, inputs)) as notes, Workers(workers) as pool:
+            found_N4, unreadable = _probe_all(notes, sources, pool, report)
+            _settle_unreadable(out, name, unreadable, skip_unreadable)
+            readable_N = found_N4[:, Found._fields.index("height")] > 0
+            _require_every_class(name, classes, [sources[k] for k in np.flatnonzero(readable_N).tolist()])
+            part_N = np.array([source.part for source in sources], np.int8)
+            plan = plan_shards(part_N, readable_N, seed, shard_samples)
+            shards, rows = _write_all(out, notes, plan, sources, found_N4, shrink, pool, report)
+            write_manifest(out, name, classes, shards, rows, origin | (about or {}) | {"unreadable": len(unreadable)})
+            unfinished.finish(out)
     except OSError as error:
         raise AutodoError(f"pack {out}: {error}; mend that and run the same command again") from error
     return unreadable
 
 
-def prepare_folder(out: Path) -> None:
-    """Make `out` an empty folder; what an interrupted pack left there is deleted, anything else an AutodoError."""
-    if (out / "manifest.json").exists():
-        raise AutodoError(f"pack {out}: already holds a packed data set; choose another folder or delete it")
-    if out.exists() and not out.is_dir():
-        raise AutodoError(f"pack {out}: not a folder; choose another name")
-    out.mkdir(parents=True, exist_ok=True)
-    found = sorted(out.iterdir())
-    foreign = [path.name for path in found if not _OURS.fullmatch(path.name)]
-    if foreign:
-        raise AutodoError(f"pack {out}: holds other things ({foreign[0]!r}); choose an empty or a new folder")
-    for path in found:
-        path.unlink()
+def command(origin: dict[str, Any], inputs: Sequence[Path]) -> dict[str, Any]:
+    """What makes two packs the same, so that one may go on where the other was stopped."""
+    return origin | {"inputs": [str(path.resolve()) for path in inputs]}
 
 
-def probe_all(sources: Sequence[Source], report: Report) -> tuple[list[Sample], dict[str, str]]:
-    """Decode every picture: (those that can be read, key -> what is wrong with the others)."""
-    samples, unreadable, decoder = [], {}, Decoder()
-    for done, source in enumerate(sources, 1):
-        try:
-            height, width = probe(source, decoder)
-        except AutodoError as error:
-            unreadable[source.key] = str(error)
-        else:
-            samples.append(Sample(source, height, width))
+def _probe_all(
+    notes: Path, sources: Sequence[Source], pool: Workers, report: Report
+) -> tuple[npt.NDArray[np.int64], dict[str, str]]:
+    """Decode every picture: (a `Found` a row, zeros for those that cannot be read; key -> what is wrong with these)."""
+    found_N4 = np.zeros((len(sources), len(Found._fields)), np.int64)
+    wrong: dict[int, str] = {}
+    done = 0
+    jobs = (
+        (notes / f"probed-{number:05d}.json", start, sources[start : start + CHUNK])
+        for number, start in enumerate(range(0, len(sources), CHUNK))
+    )
+    for start, answers in pool.run(_probe_at, jobs):
+        for index, answer in enumerate(answers, start):
+            if isinstance(answer, str):
+                wrong[index] = answer
+            else:
+                found_N4[index] = answer
+        done += len(answers)
         report("reading", done, len(sources))
-    return samples, unreadable
+    return found_N4, {sources[index].key: wrong[index] for index in sorted(wrong)}
 
 
-def probe(source: Source, decoder: Decoder) -> tuple[int, int]:
-    """Decode a picture in full, twice, and return its (height, width) after EXIF orientation.
-
-    PIL finds what is cut off, which DALI fills silently; DALI is what training reads with. AutodoError says what is
-    wrong with it.
-    """
-    if source.extension not in EXTENSIONS:
-        raise AutodoError(f"not a known picture extension ({', '.join(EXTENSIONS)})")
-    try:
-        raw = source.read()
-    except OSError as error:
-        raise AutodoError(f"cannot be read ({error.strerror})") from error
-    if not raw:
-        raise AutodoError("zero bytes")
-    try:
-        with Image.open(io.BytesIO(raw), formats=FORMATS) as image:
-            image.load()
-            kind = image.format, image.mode
-    except UnidentifiedImageError as error:
-        raise AutodoError(f"not a {', '.join(FORMATS[:-1])} or {FORMATS[-1]} picture") from error
-    except Exception as error:  # PIL's decoders answer broken bytes with many kinds: SyntaxError, struct.error, ...
-        raise AutodoError(" ".join(f"{error or type(error).__name__}".split())) from error
-    if kind in REFUSED:
-        raise AutodoError(f"DALI decodes {kind[0]} of mode {kind[1]} to wrong colours")
-    return decoder.shape(raw)
+def _probe_at(note: Path, start: int, sources: Sequence[Source]) -> tuple[int, list[Found | str]]:
+    return start, probe_chunk(note, sources)
 
 
-def plan_shards(samples: Sequence[Sample], seed: int, shard_samples: int) -> list[tuple[str, list[Sample]]]:
-    """Shuffle each part and cut it into the fewest shards of at most `shard_samples`, as equal as can be.
-
-    Returns (name of the tar, its samples) in the order of ids.
-    """
-    generator = _generator(seed, _SHUFFLE)
-    plan = []
-    for part, name in enumerate(PARTS):
-        members = [sample for sample in samples if sample.source.part == part]
-        order = generator.permutation(len(members))
-        shards = np.array_split(order, -(-len(members) // shard_samples)) if members else []
-        plan += [
-            (f"{name}-{number:05d}.tar", [members[index] for index in shard.tolist()])
-            for number, shard in enumerate(shards)
-        ]
-    return plan
+def _settle_unreadable(out: Path, name: str, unreadable: dict[str, str], skip: bool) -> None:
+    """List the unreadable pictures in out/unreadable.txt. AutodoError if there are any that must not be skipped."""
+    listing = out / "unreadable.txt"
+    if not unreadable:
+        listing.unlink(missing_ok=True)  # mended since it was written
+        return
+    write_text(listing, "".join(f"{key}: {why}\n" for key, why in unreadable.items()))
+    if not skip:
+        raise AutodoError(_explain_unreadable(name, unreadable, listing))
 
 
-def _write(
+def _write_all(
     out: Path,
-    name: str,
-    classes: list[str],
-    plan: list[tuple[str, list[Sample]]],
-    origin: dict[str, Any],
-    left_out: int,
+    notes: Path,
+    plan: list[Planned],
+    sources: Sequence[Source],
+    found_N4: npt.NDArray[np.int64],
+    shrink: Shrink | None,
+    pool: Workers,
     report: Report,
-) -> None:
-    """Write the planned shards, and the manifest last."""
-    shards: list[Shard] = []
-    tables: list[pa.Table] = []
-    total, first_id = sum(len(members) for _, members in plan), 0
-    for number, (tar_name, members) in enumerate(plan):
-        shard, places = write_shard(out / tar_name, first_id, members)
-        shards.append(shard)
-        tables.append(_rows(number, first_id, members, places))
-        first_id += len(members)
-        report("writing", first_id, total)
-    rows = pa.concat_tables(tables).combine_chunks()
-    write_manifest(out, name, classes, shards, rows, origin | {"unreadable": left_out})
+) -> tuple[list[Shard], pa.Table]:
+    """Write the planned shards, and nothing else of the kind stays; return them and the rows of samples.parquet."""
+    names = {shard.name for shard in plan}
+    for path in (*out.glob("*.tar"), *out.glob("*.idx")):
+        if path.stem not in names:
+            path.unlink()
+    written: dict[int, tuple[Shard, pa.Table]] = {}
+    total, done = sum(len(shard.members) for shard in plan), 0
+    jobs = ((out, notes, shard, [sources[k] for k in shard.members], found_N4[shard.members], shrink) for shard in plan)
+    for planned, shard, places in pool.run(write_shard, jobs):
+        written[planned.number] = shard, _rows(planned, [sources[k] for k in planned.members], places)
+        done += len(places)
+        report("writing", done, total)
+    in_order = [written[number] for number in range(len(plan))]
+    return [shard for shard, _ in in_order], pa.concat_tables([rows for _, rows in in_order]).combine_chunks()
 
 
-def write_shard(path: Path, first_id: int, members: Sequence[Sample]) -> tuple[Shard, list[tuple[int, int]]]:
-    """Write one tar and its index, atomically; ids of its members count up from `first_id`.
-
-    Returns the shard, and (offset, size) in bytes of each encoded picture inside the tar.
-    """
-    import webdataset  # brings torch along: seconds, which `autodo --help` need not wait
-
-    partial_tar, index = path.with_suffix(".tar.partial"), path.with_suffix(".idx")
-    with (
-        partial_tar.open("wb") as file,
-        # Fixed time and owner: the same pictures give the same bytes.
-        webdataset.TarWriter(file, encoder=False, mtime=0, user="autodo", group="autodo") as tar,
-    ):
-        for id_, sample in enumerate(members, first_id):
-            picture = {sample.source.extension: sample.source.read()}
-            tar.write({"__key__": f"{id_:08d}", "id": id_.to_bytes(8, "little", signed=True)} | picture)
-    lines, places = read_places(partial_tar)
-    partial_index = path.with_suffix(".idx.partial")
-    partial_index.write_text(f"v1.2 {len(lines)}\n" + "".join(line + "\n" for line in lines))
-    os.replace(partial_tar, path)
-    os.replace(partial_index, index)
-    return Shard(path.name, path.stat().st_size, len(members), sha256(path), sha256(index)), places
-
-
-def read_places(tar: Path) -> tuple[list[str], list[tuple[int, int]]]:
-    """Where the members of a tar lie: (DALI's index line, offset and size in bytes of the picture) a sample.
-
-    A line of index format v1.2 holds `extension offset size name` for each member of the sample.
-    """
-    lines: dict[str, str] = {}
-    places = []
-    with tarfile.open(tar, "r:") as file:
-        for member in file:
-            key, _, extension = member.name.partition(".")
-            line = f"{extension} {member.offset_data} {member.size} {member.name}"
-            lines[key] = f"{lines[key]} {line}" if key in lines else line
-            if extension != "id":
-                places.append((member.offset_data, member.size))
-    return list(lines.values()), places
-
-
-def _rows(number: int, first_id: int, members: Sequence[Sample], places: Sequence[tuple[int, int]]) -> pa.Table:
-    """The rows of samples.parquet for shard `number`."""
+def _rows(planned: Planned, members: Sequence[Source], places: Sequence[Place]) -> pa.Table:
+    """The rows of samples.parquet for one shard."""
+    ids = range(planned.first_id, planned.first_id + len(members))
     return pa.table(
         {
-            "id": pa.array(range(first_id, first_id + len(members)), pa.int64()),
-            "key": pa.array([sample.source.key for sample in members], pa.string()),
-            "shard": pa.array([number] * len(members), pa.int32()),
-            "offset": pa.array([offset for offset, _ in places], pa.int64()),
-            "size": pa.array([size for _, size in places], pa.int64()),
-            "height": pa.array([sample.height for sample in members], pa.int32()),
-            "width": pa.array([sample.width for sample in members], pa.int32()),
-            "label": pa.array([sample.source.label for sample in members], pa.int32()),
-            "part": pa.array([sample.source.part for sample in members], pa.int8()),
+            "id": pa.array(ids, pa.int64()),
+            "key": pa.array([source.key for source in members], pa.string()),
+            "shard": pa.array([planned.number] * len(members), pa.int32()),
+            "offset": pa.array([place.offset for place in places], pa.int64()),
+            "size": pa.array([place.size for place in places], pa.int64()),
+            "height": pa.array([place.height for place in places], pa.int32()),
+            "width": pa.array([place.width for place in places], pa.int32()),
+            "label": pa.array([source.label for source in members], pa.int32()),
+            "part": pa.array([source.part for source in members], pa.int8()),
         }
     )
 
@@ -371,6 +179,14 @@ def _require_every_class(name: str, classes: list[str], sources: Sequence[Source
             )
 
 
+def _require_unique_keys(name: str, sources: Sequence[Source]) -> None:
+    seen: set[str] = set()
+    for source in sources:
+        if source.key in seen:
+            raise AutodoError(f"pack {name}: {source.key} is there twice; leave one of the two")
+        seen.add(source.key)
+
+
 def _explain_unreadable(name: str, unreadable: dict[str, str], listing: Path) -> str:
     few = "; ".join(f"{key} ({why})" for key, why in list(unreadable.items())[:3])
     more = f" and {len(unreadable) - 3} more" if len(unreadable) > 3 else ""
@@ -378,7 +194,3 @@ def _explain_unreadable(name: str, unreadable: dict[str, str], listing: Path) ->
         f"pack {name}: {len(unreadable)} unreadable: {few}{more}; "
         f"mend or delete them (all are listed in {listing}), or leave them out with --skip-unreadable"
     )
-
-
-def _generator(seed: int, purpose: int) -> np.random.Generator:
-    return np.random.Generator(np.random.Philox([seed, purpose]))

@@ -2,27 +2,22 @@
 
 from __future__ import annotations
 
-import io
-import struct
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from PIL import Image, ImageOps
 from torchvision.transforms.v2 import functional as F
 
+from autodo_dist.data import pil
 from autodo_dist.data.pixels import Finish, Pictures
 from autodo_dist.data.shards import Encoded
 from autodo_dist.errors import DecodeError
 
-# What PIL's decoders answer broken bytes with; torchvision's own decoders are deprecated.
-FAULTS = (OSError, ValueError, SyntaxError, struct.error, Image.DecompressionBombError)
-
 
 class TorchvisionPixels:
-    """Pixels through PIL and torchvision, with so many threads.
+    """Pixels through PIL and torchvision, whose own decoders are deprecated, with so many threads.
 
     Decoded pictures are DALI's (16-bit ones to 1 of 255); resized ones differ by 0.2 of 255 in the mean and 4 at most
     (tests/test_pixels.py).
@@ -37,7 +32,7 @@ class TorchvisionPixels:
         each = pictures.encoded, pictures.origin_B2, pictures.size_B2, pictures.flip_B
         try:
             images = torch.stack(list(self._threads.map(partial(_cut, self.finish), *each)))
-        except FAULTS as error:
+        except pil.FAULTS as error:
             raise DecodeError(" ".join(str(error).split())) from error
         scaled = F.to_dtype(images, torch.float32, scale=True)
         normalised: torch.Tensor = F.normalize(scaled, list(self.finish.mean), list(self.finish.std))
@@ -46,8 +41,8 @@ class TorchvisionPixels:
     def fault(self, encoded: Encoded) -> str | None:
         """See Pixels."""
         try:
-            decode(encoded)
-        except FAULTS as error:
+            pil.decode(encoded.tobytes())
+        except pil.FAULTS as error:
             return " ".join(str(error).split())[:200]
         return None
 
@@ -60,21 +55,10 @@ def _cut(
     flip: np.int32,
 ) -> torch.Tensor:
     """The window of a picture, resized and maybe mirrored, uint8."""
-    image, side = decode(encoded), finish.crop.image_size
+    side = finish.crop.image_size
+    image = torch.from_numpy(pil.decode(encoded.tobytes())).permute(2, 0, 1)
     height, width = image.shape[1:]
     (top, left), (rows, columns) = np.rint(origin * (height, width)), np.rint(size * (height, width))
     image = F.crop(image, int(top), int(left), int(rows), int(columns))  # zeros where it reaches outside
     resized: torch.Tensor = F.resize(image, [side, side], antialias=True)
     return resized.flip(2) if flip else resized
-
-
-def decode(encoded: Encoded) -> torch.Tensor:
-    """A picture as RGB (3 × H × W, uint8) with its EXIF orientation applied, 16-bit values scaled, alpha dropped.
-
-    One of `FAULTS` if it does not decode.
-    """
-    with Image.open(io.BytesIO(encoded.tobytes())) as image:
-        upright = ImageOps.exif_transpose(image)
-    if upright.mode.startswith("I;16"):  # PIL's own conversion clips at 255
-        upright = Image.fromarray((np.asarray(upright) / 257).round().astype(np.uint8))
-    return torch.from_numpy(np.array(upright.convert("RGB"))).permute(2, 0, 1)
