@@ -6,7 +6,7 @@ import functools
 import logging
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -18,6 +18,7 @@ from autodo_dist.data.loader import Dropped, Loader
 from autodo_dist.data.manifest import Manifest, check_files
 from autodo_dist.data.order import Crop, Ids
 from autodo_dist.data.pixels import Finish, Pixels
+from autodo_dist.data.policies import Policy, make_choice, make_erase
 from autodo_dist.data.shards import Shards
 from autodo_dist.data.split import Recipe, Split, make_split
 from autodo_dist.data.split_file import read_split
@@ -290,15 +291,16 @@ def build_split(config: Config, manifest: Manifest) -> Split:
 
 
 def build_loaders(config: Config, manifest: Manifest, split: Split, ranks: Ranks) -> Loaders:
-    """A loader for each use; only the train part's labels are the given ones."""
+    """A loader for each use; only the train part's labels are the given ones, only its pictures get the policy."""
     data = config.data
     crop = Crop(data.crop, data.crop_area, data.crop_padding, data.image_size, data.evaluation_crop, data.flip)
-    dropped = build_dropped(config, manifest)
+    policy, pixels, dropped = build_policy(config), build_pixels(config, ranks.device), build_dropped(config, manifest)
+    plain = Finish(crop, data.mean, data.std)
+    augmented = replace(plain, operations=policy.operations, erases=policy.erase is not None) if policy else plain
     load = functools.partial(
         Loader,
         Shards(manifest),
-        build_pixels(config, Finish(crop, data.mean, data.std), ranks.device),
-        dropped,
+        dropped=dropped,
         seed=config.train.seed,
         rank=ranks.rank,
         ranks=ranks.ranks,
@@ -306,21 +308,38 @@ def build_loaders(config: Config, manifest: Manifest, split: Split, ranks: Ranks
         device=ranks.device,
     )
     batch = config.train.batch_size
-    draws = 2 * len(operations(config))
     # A small validation part is one batch; without any, the run learns nothing and this loader is not used.
     validation_batch = max(1, min(batch, len(split.validation)))
+    train = functools.partial(
+        load,
+        pixels=functools.partial(pixels, augmented),
+        label_N=split.label_N,
+        ids=split.train,
+        batch_size=batch,
+        draws=2 * len(operations(config)),
+        policy=policy,
+    )
+    evaluate = functools.partial(load, pixels=functools.partial(pixels, plain), label_N=manifest.label_N)
     return Loaders(
-        task=load(split.label_N, split.train, pass_="task", batch_size=batch, draws=draws),
-        hyper=load(split.label_N, split.train, pass_="hyper", batch_size=batch, draws=draws),
-        hyper_validation=load(manifest.label_N, split.validation, pass_="validation", batch_size=validation_batch),
-        validation=load(manifest.label_N, split.validation, pass_="evaluation", batch_size=batch),
-        test=load(manifest.label_N, split.test, pass_="evaluation", batch_size=batch),
+        task=train(pass_="task"),
+        hyper=train(pass_="hyper"),
+        hyper_validation=evaluate(ids=split.validation, pass_="validation", batch_size=validation_batch),
+        validation=evaluate(ids=split.validation, pass_="evaluation", batch_size=batch),
+        test=evaluate(ids=split.test, pass_="evaluation", batch_size=batch),
         dropped=dropped,
     )
 
 
-def build_pixels(config: Config, finish: Finish, device: torch.device) -> Callable[[int], Pixels]:
-    """How pictures are decoded: by DALI, or by torchvision where that is set or DALI is not installed."""
+def build_policy(config: Config) -> Policy | None:
+    """What training pictures get after their window; None: nothing. AutodoError if a level is missing."""
+    data = config.data
+    choice = make_choice(data.policy, data.policy_operations, data.policy_strength, data.sub_policies, data.image_size)
+    erase = make_erase(data.erase, data.erase_area, data.erase_probability, data.image_size)
+    return Policy(choice, erase) if choice or erase else None
+
+
+def build_pixels(config: Config, device: torch.device) -> Callable[[Finish, int], Pixels]:
+    """How so many pictures are decoded: by DALI, or by torchvision where that is set or DALI is not installed."""
     data = config.data
     if data.decoder != "torchvision":
         try:
@@ -333,10 +352,10 @@ def build_pixels(config: Config, finish: Finish, device: torch.device) -> Callab
             log.warning("DALI is not installed: torchvision decodes, on the CPU")
         else:
             gpu = device.index if decode_on_gpu(data.device, device) else None
-            return lambda most: DaliPixels(finish, most, data.threads, gpu)
+            return lambda finish, most: DaliPixels(finish, most, data.threads, gpu)
     if data.device == "gpu":
         raise AutodoError("data.device = gpu: torchvision decodes on the CPU; install DALI, or set data.device=auto")
-    return lambda most: TorchvisionPixels(finish, data.threads)
+    return lambda finish, most: TorchvisionPixels(finish, data.threads)
 
 
 def build_dropped(config: Config, manifest: Manifest) -> Dropped:

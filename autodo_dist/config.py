@@ -8,6 +8,8 @@ that it uses.
 from __future__ import annotations
 
 import difflib
+import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -44,6 +46,27 @@ FREE_AT_FORK = (*FREE_AT_RESUME, "run.fork", "learn", "hyper", "train.evaluate_e
 
 Share = Annotated[float, Field(gt=0, le=1)]
 Positive = Annotated[float, Field(gt=0)]
+Probability = Annotated[float, Field(ge=0, le=1, strict=True)]
+
+Operation = Literal[
+    "identity",
+    "shear_x",
+    "shear_y",
+    "translate_x",
+    "translate_y",
+    "rotate",
+    "brightness",
+    "color",
+    "contrast",
+    "sharpness",
+    "posterize",
+    "solarize",
+    "auto_contrast",
+    "equalize",
+    "invert",
+]
+Level = Annotated[float, Field(ge=0, le=9, strict=True)]
+SubPolicy = Annotated[tuple[tuple[Operation, Probability, Level | None], ...], Field(min_length=1)]
 
 
 class Section(BaseModel):
@@ -84,6 +107,40 @@ class Data(Section):
         0.875, gt=0, le=1, description="crop=resized: side of the centred evaluation crop, share of the shorter side"
     )
     flip: bool = Field(True, description="mirror half of the training pictures left to right")
+    policy: Literal[
+        "none",
+        "randaugment",
+        "trivialaugment",
+        "autoaugment_imagenet",
+        "autoaugment_cifar10",
+        "autoaugment_svhn",
+        "random_subset",
+        "custom",
+    ] = Field(
+        "none",
+        description="fixed augmentation of training pictures, after crop and flip (docs/policies.md). random_subset: "
+        "colour only, what the learnt warp does not do; custom: data.sub_policies",
+    )
+    policy_operations: int = Field(
+        2, ge=1, le=8, description="policy=randaugment or random_subset: operations a picture, one after another"
+    )
+    policy_strength: int = Field(
+        9, ge=0, le=30, description="policy=randaugment or random_subset: strength of its operations, of 30"
+    )
+    sub_policies: tuple[SubPolicy, ...] = Field(
+        (),
+        description="policy=custom: lists of [operation, probability, level from 0 to 9 or null], or a JSON file of "
+        "them; a picture gets one of the lists",
+    )
+    erase: Literal["none", "cutout", "random"] = Field(
+        "none", description="rectangle of training pictures that is set to data.mean, last. cutout: a square"
+    )
+    erase_area: Share | None = Field(
+        None, description="share of a picture's area, of random the largest; null: 0.25 for cutout, 0.33 for random"
+    )
+    erase_probability: Probability | None = Field(
+        None, description="share of the pictures that are erased; null: 1 for cutout, 0.5 for random"
+    )
     mean: tuple[float, float, float] = Field((0.485, 0.456, 0.406), description="subtracted from RGB in 0..1")
     std: tuple[Positive, Positive, Positive] = Field((0.229, 0.224, 0.225), description="RGB is divided by it")
     validation_fraction: float | None = Field(
@@ -128,6 +185,17 @@ class Data(Section):
             if split is not None and name in info.data and value != default:
                 raise ValueError(f"contradicts data.{name} = {value}; leave out one of them")
         return split
+
+    @field_validator("sub_policies", mode="before")
+    @classmethod
+    def _from_file(cls, value: Any) -> Any:
+        """A file is read once and for all: the run's config.yaml holds what it held."""
+        if not isinstance(value, str):
+            return value
+        try:
+            return json.loads(Path(value).read_text(encoding="utf-8"))
+        except (OSError, ValueError, RecursionError) as error:
+            raise ValueError(f"no JSON file that can be read ({_one_line(error)})") from error
 
 
 class Model(Section):
@@ -345,6 +413,10 @@ def check_consistent(config: Config) -> None:
         raise AutodoError("learn.color = true: not in the original code; set compat to null, or learn.color=false")
     if learn.normalize_weights and not learn.weight:
         raise AutodoError("learn.normalize_weights = true: there are no weights; set learn.weight=true too")
+    if (config.data.policy == "custom") != bool(config.data.sub_policies):
+        raise AutodoError(
+            f"data.policy = {config.data.policy}: custom and data.sub_policies belong together; set both or neither"
+        )
     if not learn.anything:
         return
     if hyper.start_epoch >= epochs:
@@ -378,7 +450,7 @@ def settings(section: type[BaseModel] = Config, prefix: str = "") -> dict[str, F
 def differences(old: Config, new: Config, free: Sequence[str] = FREE_AT_RESUME) -> list[str]:
     """Settings that differ, as `name: old -> new`, but for those that are `free` or in a free section."""
     return [
-        f"{name}: {_get(old, name)} -> {_get(new, name)}"
+        f"{name}: {_short(str(_get(old, name)))} -> {_short(str(_get(new, name)))}"
         for name in settings()
         if _get(old, name) != _get(new, name) and not any(name == it or name.startswith(it + ".") for it in free)
     ]
@@ -399,12 +471,20 @@ def _explain(error: Any) -> str:
         near = difflib.get_close_matches(name, [*known, *Config.model_fields], n=1, cutoff=0.7)
         near = near or [leaf[key] for key in difflib.get_close_matches(name.rsplit(".", 1)[-1], leaf, n=1)]
         return f"unknown key {name}; " + (f"did you mean {near[0]}?" if near else "`autodo settings` lists all")
-    if error["type"] == "missing" and name.rsplit(".", 1)[0] not in known:
+    setting = next((key for key in known if f"{name}.".startswith(f"{key}.")), None)
+    if error["type"] == "missing" and setting in (None, name):
         meaning = known[name].description if name in known else "a section"
         return f"{name} is missing; set it in the file or as {name}=... ({meaning})"
-    setting = next((key for key in (name, name.rsplit(".", 1)[0]) if key in known), None)
     meaning = f" ({known[setting].description})" if setting else ""
-    return f"{name} = {error['input']!r}: {error['msg'][:1].lower()}{error['msg'][1:]}{meaning}"
+    near = difflib.get_close_matches(
+        str(error["input"]), re.findall("'(.*?)'", error.get("ctx", {}).get("expected", "")), n=1
+    )
+    meant = f"; did you mean {near[0]}?" if near else ""
+    return f"{name} = {_short(repr(error['input']))}: {error['msg'][:1].lower()}{error['msg'][1:]}{meant}{meaning}"
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= 160 else f"{text[:157]}..."
 
 
 def _one_line(error: Exception) -> str:

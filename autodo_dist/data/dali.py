@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
 from nvidia.dali import fn, types
 
+from autodo_dist.data import dali_operations
 from autodo_dist.data.decode import Decoder, Pipeline
 from autodo_dist.data.pixels import Finish, Pictures
 from autodo_dist.data.shards import Encoded
@@ -24,15 +26,21 @@ class DaliPixels:
 
     def __init__(self, finish: Finish, most: int, threads: int, gpu: int | None) -> None:
         self._headers = Pipeline(_headers, most=most, threads=threads, gpu=None)
-        self._pictures = Pipeline(_graph, finish, gpu is not None, most=most, threads=threads, gpu=gpu)
-        self._alone = Decoder()
+        self._pictures = Pipeline(
+            _graph,
+            finish,
+            gpu is not None,
+            most=most,
+            threads=threads,
+            gpu=gpu,
+            enable_conditionals=finish.operations > 0,
+        )
+        self._alone, self._finish = Decoder(), finish
 
     def decode(self, pictures: Pictures) -> torch.Tensor:
         """See Pixels."""
         self._headers.run(encoded=pictures.encoded)
-        images = self._pictures.run(
-            encoded=pictures.encoded, origin=pictures.origin_B2, size=pictures.size_B2, flip=pictures.flip_B
-        )
+        images = self._pictures.run(**_inputs(pictures, self._finish))
         # Outputs live in DALI's own buffers until its next run.
         return torch.from_dlpack(images.as_tensor()).clone()
 
@@ -50,6 +58,17 @@ def _headers() -> Any:
     return fn.peek_image_shape(encoded)
 
 
+def _inputs(pictures: Pictures, finish: Finish) -> dict[str, Any]:
+    """What the graph takes from outside, by name."""
+    found: dict[str, Any] = {"encoded": pictures.encoded, "origin": pictures.origin_B2, "size": pictures.size_B2}
+    found["flip"] = pictures.flip_B
+    if finish.operations and pictures.drawn:
+        found |= {"operation": pictures.drawn.operation_BK, "strength": pictures.drawn.strength_BK}
+    if finish.erases and pictures.drawn:
+        found["erased"] = pictures.drawn.erased_B4.astype(np.float32)
+    return found
+
+
 def _graph(finish: Finish, gpu: bool) -> Any:
     """What DALI does to a batch."""
     crop, relative = finish.crop, {"axis_names": "HW", "normalized_anchor": True, "normalized_shape": True}
@@ -63,7 +82,9 @@ def _graph(finish: Finish, gpu: bool) -> Any:
     else:
         images = fn.decoders.image_slice(encoded, origin, size, device=device, output_type=types.RGB, **relative)
     images = fn.resize(images, size=[crop.image_size, crop.image_size], antialias=True)
-    return fn.crop_mirror_normalize(
+    if finish.operations:
+        images, flip = _augmented(fn.flip(images, horizontal=flip), finish.operations), 0
+    images = fn.crop_mirror_normalize(
         images,
         dtype=types.FLOAT,
         output_layout="CHW",
@@ -71,3 +92,19 @@ def _graph(finish: Finish, gpu: bool) -> Any:
         mean=[255 * value for value in finish.mean],
         std=[255 * value for value in finish.std],
     )
+    return _erased(images) if finish.erases else images
+
+
+def _augmented(images: Any, operations: int) -> Any:
+    """Pictures under so many operations of a policy, one after another."""
+    operation = fn.external_source(name="operation", dtype=types.INT32, ndim=1)
+    strength = fn.external_source(name="strength", dtype=types.FLOAT, ndim=1)
+    for at in range(operations):
+        images = dali_operations.apply(images, operation[at], strength[at])
+    return images
+
+
+def _erased(images: Any) -> Any:
+    """Normalised pictures (C × H × W) with their rectangles set to 0, the mean."""
+    erased = fn.external_source(name="erased", dtype=types.FLOAT, ndim=1)
+    return fn.erase(images, anchor=erased[0:2], shape=erased[2:4], axis_names="HW", fill_value=0)

@@ -19,9 +19,17 @@ class Pipeline:
     after one that failed.
     """
 
-    def __init__(self, graph: Callable[..., Any], *arguments: Any, most: int, threads: int, gpu: int | None) -> None:
+    def __init__(
+        self,
+        graph: Callable[..., Any],
+        *arguments: Any,
+        most: int,
+        threads: int,
+        gpu: int | None,
+        enable_conditionals: bool = False,
+    ) -> None:
         self._build = functools.partial(
-            pipeline_def(graph),
+            pipeline_def(graph, enable_conditionals=enable_conditionals),
             *arguments,
             batch_size=most,
             num_threads=threads,

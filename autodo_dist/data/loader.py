@@ -1,6 +1,7 @@
 """Which pictures, in which order and with which crop is `order`'s word; `shards` reads them, `pixels` decodes them.
 
-    manifest + order -> bytes read ahead by threads -> pixels (decode, window, resize, mirror, normalise) -> Batch
+    manifest + order -> bytes read ahead by threads -> pixels (decode, window, resize, mirror, policy, normalise)
+    -> Batch
 
 DALI's own readers shuffle and shard by themselves, which cannot give exact epochs or the same global batches on another
 number of ranks. So encoded pictures come in from outside, with their windows beside them, and a loader that starts at
@@ -27,6 +28,7 @@ from autodo_dist.data import order
 from autodo_dist.data.manifest import Manifest
 from autodo_dist.data.order import Crop, Ids, Pass
 from autodo_dist.data.pixels import Pictures, Pixels
+from autodo_dist.data.policies import Policy
 from autodo_dist.data.shards import Shards
 from autodo_dist.errors import AutodoError, DecodeError
 
@@ -104,7 +106,8 @@ class Loader:
     once, in order. Every rank makes `steps` steps; in the last step of an evaluation a rank's part may be empty.
 
     A picture that does not decode is dropped from its batch, on whichever rank and in whichever pass it comes up; the
-    batch is then smaller by one, and all others stay as they are. `pixels` is made for the most pictures of a part.
+    batch is then smaller by one, and all others stay as they are. `pixels` is made for the most pictures of a part. A
+    `policy` draws from a picture's stream after its window and `draws`, so that without it these are the same.
     """
 
     def __init__(
@@ -123,9 +126,11 @@ class Loader:
         crop: Crop,
         device: torch.device,
         draws: int = 0,
+        policy: Policy | None = None,
     ) -> None:
         self.shards, self.dropped, self.ids, self.pass_, self.seed, self.crop = shards, dropped, ids, pass_, seed, crop
         self.batch_size, self.rank, self.ranks, self.device, self.draws = batch_size, rank, ranks, device, draws
+        self.policy = policy
         self.shuffled, self.random_crop = pass_ != "evaluation", pass_ in ("task", "hyper")
         self.steps = order.steps_per_pass(len(ids), batch_size, drop_last=self.shuffled)
         self._label_N = torch.from_numpy(label_N.astype(np.int64))
@@ -146,26 +151,23 @@ class Loader:
                 batch = following
 
     def _read(self, part: Ids, epoch: int) -> Read:
-        drawn = [self._draw(int(id_), epoch) for id_ in part]
-        windows = [window for window, _ in drawn]
+        streams = [order.stream(self.seed, epoch, self.pass_, int(id_)) for id_ in part]
+        windows = [self._window(stream, int(id_)) for stream, id_ in zip(streams, part, strict=True)]
+        draws = [stream.random(self.draws, np.float32) for stream in streams]
         pictures = Pictures(
             encoded=self.shards.read(part.tolist()),
             origin_B2=np.array([(window.top, window.left) for window in windows], np.float32),
             size_B2=np.array([(window.height, window.width) for window in windows], np.float32),
             flip_B=np.array([window.flip for window in windows], np.int32),
+            drawn=self.policy.draw(streams) if self.policy else None,
         )
-        return Read(pictures, part, np.array([draws for _, draws in drawn], np.float32).reshape(len(part), self.draws))
+        return Read(pictures, part, np.array(draws, np.float32).reshape(len(part), self.draws))
 
-    def _draw(self, id_: int, epoch: int) -> tuple[order.Window, npt.NDArray[np.float32]]:
-        manifest = self.shards.manifest
-        height, width = int(manifest.height_N[id_]), int(manifest.width_N[id_])
-        stream = order.stream(self.seed, epoch, self.pass_, id_)
-        window = (
-            order.training_window(stream, height, width, self.crop)
-            if self.random_crop
-            else order.evaluation_window(height, width, self.crop)
-        )
-        return window, stream.random(self.draws, np.float32)
+    def _window(self, stream: np.random.Generator, id_: int) -> order.Window:
+        height, width = int(self.shards.manifest.height_N[id_]), int(self.shards.manifest.width_N[id_])
+        if self.random_crop:
+            return order.training_window(stream, height, width, self.crop)
+        return order.evaluation_window(height, width, self.crop)
 
     def _decode(self, read: Read) -> Batch:
         read, images = self._without_broken(read)

@@ -6,11 +6,10 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torchvision.transforms.v2 import functional as F
 
-from autodo_dist.data import pil
+from autodo_dist.data import pil, torchvision_operations
 from autodo_dist.data.pixels import Finish, Pictures
 from autodo_dist.data.shards import Encoded
 from autodo_dist.errors import DecodeError
@@ -29,13 +28,15 @@ class TorchvisionPixels:
 
     def decode(self, pictures: Pictures) -> torch.Tensor:
         """See Pixels."""
-        each = pictures.encoded, pictures.origin_B2, pictures.size_B2, pictures.flip_B
         try:
-            images = torch.stack(list(self._threads.map(partial(_cut, self.finish), *each)))
+            images = torch.stack(list(self._threads.map(partial(_cut, self.finish, pictures), range(len(pictures)))))
         except pil.FAULTS as error:
             raise DecodeError(" ".join(str(error).split())) from error
         scaled = F.to_dtype(images, torch.float32, scale=True)
         normalised: torch.Tensor = F.normalize(scaled, list(self.finish.mean), list(self.finish.std))
+        if self.finish.erases and pictures.drawn:
+            for image, (top, left, height, width) in zip(normalised, pictures.drawn.erased_B4.tolist(), strict=True):
+                image[:, top : top + height, left : left + width] = 0
         return normalised
 
     def fault(self, encoded: Encoded) -> str | None:
@@ -47,18 +48,15 @@ class TorchvisionPixels:
         return None
 
 
-def _cut(
-    finish: Finish,
-    encoded: Encoded,
-    origin: npt.NDArray[np.float32],
-    size: npt.NDArray[np.float32],
-    flip: np.int32,
-) -> torch.Tensor:
-    """The window of a picture, resized and maybe mirrored, uint8."""
-    side = finish.crop.image_size
-    image = torch.from_numpy(pil.decode(encoded.tobytes())).permute(2, 0, 1)
-    height, width = image.shape[1:]
-    (top, left), (rows, columns) = np.rint(origin * (height, width)), np.rint(size * (height, width))
+def _cut(finish: Finish, pictures: Pictures, at: int) -> torch.Tensor:
+    """The window of the picture at this place, resized, maybe mirrored and under its policy's operations, uint8."""
+    side, drawn = finish.crop.image_size, pictures.drawn
+    image = torch.from_numpy(pil.decode(pictures.encoded[at].tobytes())).permute(2, 0, 1)
+    shape = image.shape[1:]
+    (top, left), (rows, columns) = np.rint(pictures.origin_B2[at] * shape), np.rint(pictures.size_B2[at] * shape)
     image = F.crop(image, int(top), int(left), int(rows), int(columns))  # zeros where it reaches outside
     resized: torch.Tensor = F.resize(image, [side, side], antialias=True)
-    return resized.flip(2) if flip else resized
+    mirrored = resized.flip(2) if pictures.flip_B[at] else resized
+    if drawn is None:
+        return mirrored
+    return torchvision_operations.apply(mirrored, drawn.operation_BK[at], drawn.strength_BK[at])
