@@ -22,7 +22,7 @@ from autodo_dist.data.policies import Policy, make_choice, make_erase
 from autodo_dist.data.shards import Shards
 from autodo_dist.data.split import Recipe, Split, make_split
 from autodo_dist.data.split_file import read_split
-from autodo_dist.data.torchvision_pixels import TorchvisionPixels
+from autodo_dist.data.torchvision_pixels import PilWindows, TorchvisionPixels
 from autodo_dist.errors import AutodoError
 from autodo_dist.hyperparameters import Hyperparameters, Layout
 from autodo_dist.method import compat, solvers, warp
@@ -339,23 +339,26 @@ def build_policy(config: Config) -> Policy | None:
 
 
 def build_pixels(config: Config, device: torch.device) -> Callable[[Finish, int], Pixels]:
-    """How so many pictures are decoded: by DALI, or by torchvision where that is set or DALI is not installed."""
+    """How so many pictures become pixels: all by DALI on a GPU; on the CPU decoded by DALI, or by PIL where that is set
+    or DALI is not installed.
+    """
     data = config.data
-    if data.decoder != "torchvision":
+    if data.decoder != "pil":
         try:
-            from autodo_dist.data.dali import DaliPixels
+            from autodo_dist.data.dali import DaliPixels, DaliWindows
         except ImportError as error:
             if data.decoder == "dali":
-                raise AutodoError(
-                    f"data.decoder = dali: not installed ({error}); set data.decoder=torchvision"
-                ) from error
-            log.warning("DALI is not installed: torchvision decodes, on the CPU")
+                raise AutodoError(f"data.decoder = dali: not installed ({error}); set data.decoder=pil") from error
+            log.warning("DALI is not installed: PIL decodes")
         else:
-            gpu = device.index if decode_on_gpu(data.device, device) else None
-            return lambda finish, most: DaliPixels(finish, most, data.threads, gpu)
+            if decode_on_gpu(data.device, device):
+                return lambda finish, most: DaliPixels(finish, most, data.threads, device.index)
+            return lambda finish, most: TorchvisionPixels(
+                finish, data.threads, DaliWindows(finish.crop, most, data.threads)
+            )
     if data.device == "gpu":
-        raise AutodoError("data.device = gpu: torchvision decodes on the CPU; install DALI, or set data.device=auto")
-    return lambda finish, most: TorchvisionPixels(finish, data.threads)
+        raise AutodoError("data.device = gpu: PIL decodes on the CPU; install DALI, or set data.device=auto")
+    return lambda finish, most: TorchvisionPixels(finish, data.threads, PilWindows(data.threads))
 
 
 def build_dropped(config: Config, manifest: Manifest) -> Dropped:

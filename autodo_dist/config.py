@@ -160,8 +160,8 @@ class Data(Section):
     )
     device: Literal["auto", "cpu", "gpu"] = Field("auto", description="where DALI decodes; auto: as train.device")
     threads: int = Field(2, ge=1, description="decoding threads per rank")
-    decoder: Literal["auto", "dali", "torchvision"] = Field(
-        "auto", description="what decodes; auto: DALI where it is installed. Their pixels differ a little"
+    decoder: Literal["auto", "dali", "pil"] = Field(
+        "auto", description="what decodes; auto: DALI where it is installed. On the CPU their pixels are the same"
     )
     on_error: Literal["stop", "skip"] = Field(
         "stop", description="a picture that does not decode ends the run, or is dropped from its batch on all ranks"

@@ -31,7 +31,7 @@ from sklearn.datasets import load_sample_images
 from torchvision.transforms import InterpolationMode, autoaugment
 
 from autodo_dist.data import order
-from autodo_dist.data.dali import DaliPixels
+from autodo_dist.data.dali import DaliPixels, DaliWindows
 from autodo_dist.data.order import Crop
 from autodo_dist.data.pixels import Finish, Pictures, Pixels
 from autodo_dist.data.policies import OPERATIONS, PAPERS, Drawn, Policy, make_choice, make_erase
@@ -46,7 +46,7 @@ Case = tuple[str, float, int]  # an operation, its strength, and which of the pi
 
 DECODERS: dict[str, Callable[[Finish, int], Pixels]] = {
     "dali": lambda finish, most: DaliPixels(finish, most, 1, None),
-    "torchvision": lambda finish, most: TorchvisionPixels(finish, 1),
+    "torchvision": lambda finish, most: TorchvisionPixels(finish, 1, DaliWindows(finish.crop, most, 1)),
 }
 NAMES = ("randaugment", "trivialaugment", *PAPERS, "random_subset")
 STRENGTHS = {

@@ -23,7 +23,7 @@ from autodo_dist.data.loader import Dropped
 from autodo_dist.data.manifest import Manifest, read_manifest
 from autodo_dist.errors import AutodoError
 
-DECODERS = pytest.mark.parametrize("decoder", ["dali", "torchvision"])
+DECODERS = pytest.mark.parametrize("decoder", ["dali", "pil", "dali on a gpu"])
 
 
 def damaged(digits: Path, folder: Path, ids: list[int]) -> Manifest:

@@ -16,14 +16,14 @@ from PIL import Image
 from ranks import RankPool
 
 from autodo_dist.data import order
-from autodo_dist.data.dali import DaliPixels
+from autodo_dist.data.dali import DaliPixels, DaliWindows
 from autodo_dist.data.loader import Batch, Dropped, Loader
 from autodo_dist.data.manifest import Manifest, read_manifest
 from autodo_dist.data.order import Crop
 from autodo_dist.data.pack import Source, pack
 from autodo_dist.data.pixels import Finish, Pixels
 from autodo_dist.data.shards import Shards
-from autodo_dist.data.torchvision_pixels import TorchvisionPixels
+from autodo_dist.data.torchvision_pixels import PilWindows, TorchvisionPixels
 from autodo_dist.errors import AutodoError
 from autodo_dist.parallel import comm
 
@@ -47,7 +47,10 @@ def make(
     finish = Finish(options["crop"], mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
 
     def pixels(most: int) -> Pixels:
-        return DaliPixels(finish, most, 1, None) if decoder == "dali" else TorchvisionPixels(finish, 2)
+        if decoder == "dali on a gpu":  # its graph, on the CPU
+            return DaliPixels(finish, most, 1, None)
+        windows = DaliWindows(options["crop"], most, 1) if decoder == "dali" else PilWindows(2)
+        return TorchvisionPixels(finish, 2, windows)
 
     return Loader(Shards(manifest), pixels, dropped or Dropped(manifest, 0), manifest.label_N, ids, **options)
 

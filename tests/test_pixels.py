@@ -1,4 +1,4 @@
-"""DALI and torchvision decode, cut and resize alike, for every kind of picture that `pack` admits."""
+"""DALI, PIL and torchvision decode, cut and resize alike, every kind of picture that `pack` admits."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ import pytest
 import torch
 from PIL import Image
 
-from autodo_dist.data.dali import DaliPixels
+from autodo_dist.data.dali import DaliPixels, DaliWindows
 from autodo_dist.data.order import Crop
-from autodo_dist.data.pixels import Finish, Pictures
+from autodo_dist.data.pixels import Finish, Pictures, Pixels
 from autodo_dist.data.shards import Encoded
-from autodo_dist.data.torchvision_pixels import TorchvisionPixels
+from autodo_dist.data.torchvision_pixels import PilWindows, TorchvisionPixels
 from autodo_dist.errors import DecodeError
 
 HEIGHT, WIDTH = 150, 200
@@ -79,6 +79,15 @@ def pictures(several: list[Encoded], crop: Crop) -> Pictures:
     )
 
 
+def ways(finish: Finish) -> tuple[Pixels, Pixels, Pixels]:
+    """Decoded by DALI, by PIL, and all by DALI, which is the graph for a GPU, here on the CPU."""
+    return (
+        TorchvisionPixels(finish, 2, DaliWindows(finish.crop, 2, 1)),
+        TorchvisionPixels(finish, 2, PilWindows(2)),
+        DaliPixels(finish, 2, 1, None),
+    )
+
+
 @pytest.mark.parametrize("kind", kinds())
 def test_a_whole_picture_is_the_same(kind: str) -> None:
     """Not resized, only decoded: no difference, but for one step of 255 where 16 bits become 8."""
@@ -91,22 +100,23 @@ def test_a_whole_picture_is_the_same(kind: str) -> None:
         np.array([[side / upright[0], side / upright[1]]], np.float32),
         np.zeros(1, np.int32),
     )
-    finish = Finish(crop, (0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
-    ours, theirs = (pixels.decode(window) for pixels in (DaliPixels(finish, 1, 1, None), TorchvisionPixels(finish, 1)))
-    assert ours.shape == (1, 3, side, side)
-    assert float((255 * (ours - theirs)).abs().max()) < (1.01 if "16 bit" in kind else 1e-3)
+    by_dali, by_pil, on_a_gpu = (pixels.decode(window) for pixels in ways(Finish(crop, (0.0,) * 3, (1.0,) * 3)))
+    assert by_dali.shape == (1, 3, side, side)
+    most = 1.01 if "16 bit" in kind else 0.0
+    assert float((255 * (by_dali - by_pil)).abs().max()) <= most
+    assert float((255 * (by_dali - on_a_gpu)).abs().max()) <= most + 1e-3
 
 
 @pytest.mark.parametrize("side", [24, 64, 160])
 @pytest.mark.parametrize("kind", ["resized", "padded", "whole"])
 def test_windows_are_resized_alike(kind: Any, side: int) -> None:
-    """Smaller and larger than the window: mean difference below 0.3 of 255, the largest 4."""
+    """Smaller and larger than the window. DALI's graph: mean difference below 0.3 of 255, the largest 4."""
     crop = Crop(kind, (0.1, 1.0), 4, side, 0.875, flip=True)
     window = pictures([kinds()["jpeg"], kinds()["png"]], crop)
-    finish = Finish(crop, MEAN, STD)
-    ours, theirs = (pixels.decode(window) for pixels in (DaliPixels(finish, 2, 1, None), TorchvisionPixels(finish, 2)))
-    assert ours.dtype == theirs.dtype == torch.float32
-    difference = (255 * (ours - theirs) * torch.tensor(STD)[:, None, None]).abs()
+    by_dali, by_pil, on_a_gpu = (pixels.decode(window) for pixels in ways(Finish(crop, MEAN, STD)))
+    assert by_dali.dtype == on_a_gpu.dtype == torch.float32
+    assert torch.equal(by_dali, by_pil)
+    difference = (255 * (by_dali - on_a_gpu) * torch.tensor(STD)[:, None, None]).abs()
     assert float(difference.mean()) < 0.3
     assert float(difference.max()) < 4.01
 
@@ -115,8 +125,7 @@ def test_windows_are_resized_alike(kind: Any, side: int) -> None:
 def test_a_broken_picture_is_found(broken: bytes) -> None:
     crop = Crop("whole", (1.0, 1.0), 0, 24, 1.0, flip=False)
     good, bad = kinds()["jpeg"], np.frombuffer(broken, np.uint8)
-    finish = Finish(crop, MEAN, STD)
-    for pixels in (DaliPixels(finish, 2, 1, None), TorchvisionPixels(finish, 2)):
+    for pixels in ways(Finish(crop, MEAN, STD)):
         with pytest.raises(DecodeError):
             pixels.decode(pictures([good, bad], crop))
         assert pixels.fault(good) is None

@@ -221,7 +221,7 @@ def test_only_training_pictures_get_a_policy(digits: Path) -> None:
             assert torch.equal(getattr(one, name), getattr(other, name)), (use, name)
 
 
-@pytest.mark.parametrize("decoder", ["dali", "torchvision"])
+@pytest.mark.parametrize("decoder", ["dali", "pil"])
 def test_a_picture_gets_the_same_on_any_rank_from_any_position(digits: Path, decoder: str) -> None:
     words = POLICY | {"decoder": decoder}
     alone = first(loaders(digits, words).task, 3)

@@ -1,4 +1,4 @@
-"""Pictures through DALI, on the CPU or the GPU."""
+"""Pictures through DALI: on a GPU all of it, on the CPU the decoding (torchvision_pixels.py does the rest there)."""
 
 from __future__ import annotations
 
@@ -10,9 +10,13 @@ from nvidia.dali import fn, types
 
 from autodo_dist.data import dali_operations
 from autodo_dist.data.decode import Decoder, Pipeline
+from autodo_dist.data.order import Crop
 from autodo_dist.data.pixels import Finish, Pictures
 from autodo_dist.data.shards import Encoded
+from autodo_dist.data.torchvision_pixels import window
 from autodo_dist.errors import DecodeError
+
+SHARES: dict[str, Any] = {"axis_names": "HW", "normalized_anchor": True, "normalized_shape": True}
 
 
 class DaliPixels:
@@ -45,12 +49,38 @@ class DaliPixels:
         return torch.from_dlpack(images.as_tensor()).clone()
 
     def fault(self, encoded: Encoded) -> str | None:
-        """See Pixels. DALI does not say which picture of a batch it could not decode, so each is tried alone."""
-        try:
-            self._alone.shape(encoded.tobytes())
-        except DecodeError as why:
-            return str(why)
-        return None
+        """See Pixels."""
+        return fault(self._alone, encoded)
+
+
+class DaliWindows:
+    """Windows through a DALI pipeline on the CPU, for at most `most` pictures, with so many threads."""
+
+    def __init__(self, crop: Crop, most: int, threads: int) -> None:
+        self._headers = Pipeline(_headers, most=most, threads=threads, gpu=None)
+        self._windows = Pipeline(_decoded, crop, False, most=most, threads=threads, gpu=None)
+        self._alone, self._whole = Decoder(), crop.kind == "padded"
+
+    def decode(self, pictures: Pictures) -> list[torch.Tensor]:
+        """See Windows."""
+        self._headers.run(encoded=pictures.encoded)
+        feed = {} if self._whole else {"origin": pictures.origin_B2, "size": pictures.size_B2}
+        decoded = self._windows.run(encoded=pictures.encoded, **feed)
+        images = [torch.from_dlpack(decoded[at]).permute(2, 0, 1) for at in range(len(pictures))]
+        return [window(image, pictures, at) for at, image in enumerate(images)] if self._whole else images
+
+    def fault(self, encoded: Encoded) -> str | None:
+        """See Pixels."""
+        return fault(self._alone, encoded)
+
+
+def fault(alone: Decoder, encoded: Encoded) -> str | None:
+    """See Pixels. DALI does not say which picture of a batch it could not decode, so each is tried alone."""
+    try:
+        alone.shape(encoded.tobytes())
+    except DecodeError as why:
+        return str(why)
+    return None
 
 
 def _headers() -> Any:
@@ -69,18 +99,27 @@ def _inputs(pictures: Pictures, finish: Finish) -> dict[str, Any]:
     return found
 
 
+def _decoded(crop: Crop, gpu: bool) -> Any:
+    """The windows of a batch; where they may reach outside, which the decoder cannot, the whole pictures."""
+    encoded = fn.external_source(name="encoded", dtype=types.UINT8, ndim=1)
+    device = "mixed" if gpu else "cpu"
+    if crop.kind == "padded":
+        return fn.decoders.image(encoded, device=device, output_type=types.RGB)
+    return fn.decoders.image_slice(encoded, *_places(), device=device, output_type=types.RGB, **SHARES)
+
+
+def _places() -> tuple[Any, Any]:
+    origin, size = (fn.external_source(name=name, dtype=types.FLOAT, ndim=1) for name in ("origin", "size"))
+    return origin, size
+
+
 def _graph(finish: Finish, gpu: bool) -> Any:
     """What DALI does to a batch."""
-    crop, relative = finish.crop, {"axis_names": "HW", "normalized_anchor": True, "normalized_shape": True}
-    encoded = fn.external_source(name="encoded", dtype=types.UINT8, ndim=1)
-    origin, size = (fn.external_source(name=name, dtype=types.FLOAT, ndim=1) for name in ("origin", "size"))
+    crop = finish.crop
+    images = _decoded(crop, gpu)
+    if crop.kind == "padded":
+        images = fn.slice(images, *_places(), out_of_bounds_policy="pad", fill_values=0, **SHARES)
     flip = fn.external_source(name="flip", dtype=types.INT32, ndim=0)
-    device = "mixed" if gpu else "cpu"
-    if crop.kind == "padded":  # the window reaches outside, which the decoder's own slice cannot
-        whole = fn.decoders.image(encoded, device=device, output_type=types.RGB)
-        images = fn.slice(whole, origin, size, out_of_bounds_policy="pad", fill_values=0, **relative)
-    else:
-        images = fn.decoders.image_slice(encoded, origin, size, device=device, output_type=types.RGB, **relative)
     images = fn.resize(images, size=[crop.image_size, crop.image_size], antialias=True)
     if finish.operations:
         images, flip = _augmented(fn.flip(images, horizontal=flip), finish.operations), 0

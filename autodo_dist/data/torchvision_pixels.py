@@ -1,9 +1,14 @@
-"""Pictures through PIL and torchvision, for machines on which DALI does not install; always on the CPU."""
+"""Pictures on the CPU: a decoder cuts the windows out, torchvision does the rest.
+
+DALI decodes faster than PIL and resizes on the CPU ten times slower than torchvision (docs/loader.md): so it decodes
+here, and PIL does where DALI is not installed. Their windows are the same, bit for bit, but for 16-bit pictures.
+"""
 
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -15,29 +20,61 @@ from autodo_dist.data.shards import Encoded
 from autodo_dist.errors import DecodeError
 
 
+class Windows(Protocol):
+    """Decodes pictures, and cuts the windows out."""
+
+    def decode(self, pictures: Pictures) -> list[torch.Tensor]:
+        """The windows, 3 × h × w uint8 each, valid until the next call. DecodeError if a picture does not decode."""
+
+    def fault(self, encoded: Encoded) -> str | None:
+        """See Pixels."""
+
+
 class TorchvisionPixels:
-    """Pixels through PIL and torchvision, whose own decoders are deprecated, with so many threads.
+    """Pixels on the CPU, with so many threads; see the module."""
 
-    Decoded pictures are DALI's (16-bit ones to 1 of 255); resized ones differ by 0.2 of 255 in the mean and 4 at most
-    (tests/test_pixels.py).
-    """
-
-    def __init__(self, finish: Finish, threads: int) -> None:
-        self.finish = finish
-        self._threads = ThreadPoolExecutor(threads, thread_name_prefix="decode")
+    def __init__(self, finish: Finish, threads: int, windows: Windows) -> None:
+        self.finish, self.windows = finish, windows
+        self.fault = windows.fault
+        self._threads = ThreadPoolExecutor(threads, thread_name_prefix="pixels")
+        scale = 255 * torch.tensor(finish.std)[:, None, None]
+        self._factor, self._offset = 1 / scale, -255 * torch.tensor(finish.mean)[:, None, None] / scale
 
     def decode(self, pictures: Pictures) -> torch.Tensor:
         """See Pixels."""
+        side = self.finish.crop.image_size
+        images = torch.empty(len(pictures), 3, side, side)
+        windows = self.windows.decode(pictures)
+        for _ in self._threads.map(partial(self._finish, images, pictures, windows), range(len(pictures))):
+            pass
+        return images
+
+    def _finish(self, images: torch.Tensor, pictures: Pictures, windows: list[torch.Tensor], at: int) -> None:
+        """Resize, mirror, do the policy's operations, normalise, erase the picture at this place, into `images`."""
+        image = F.resize(windows[at], list(images.shape[2:]), antialias=True)
+        if pictures.flip_B[at]:
+            image = image.flip(2)
+        drawn = pictures.drawn
+        if drawn is not None:
+            image = torchvision_operations.apply(image, drawn.operation_BK[at], drawn.strength_BK[at])
+        images[at].copy_(image).mul_(self._factor).add_(self._offset)
+        if self.finish.erases and drawn is not None:
+            top, left, height, width = drawn.erased_B4[at].tolist()
+            images[at, :, top : top + height, left : left + width] = 0
+
+
+class PilWindows:
+    """Windows through PIL, with so many threads; torchvision's own decoders are deprecated."""
+
+    def __init__(self, threads: int) -> None:
+        self._threads = ThreadPoolExecutor(threads, thread_name_prefix="decode")
+
+    def decode(self, pictures: Pictures) -> list[torch.Tensor]:
+        """See Windows."""
         try:
-            images = torch.stack(list(self._threads.map(partial(_cut, self.finish, pictures), range(len(pictures)))))
+            return list(self._threads.map(partial(_cut, pictures), range(len(pictures))))
         except pil.FAULTS as error:
             raise DecodeError(" ".join(str(error).split())) from error
-        scaled = F.to_dtype(images, torch.float32, scale=True)
-        normalised: torch.Tensor = F.normalize(scaled, list(self.finish.mean), list(self.finish.std))
-        if self.finish.erases and pictures.drawn:
-            for image, (top, left, height, width) in zip(normalised, pictures.drawn.erased_B4.tolist(), strict=True):
-                image[:, top : top + height, left : left + width] = 0
-        return normalised
 
     def fault(self, encoded: Encoded) -> str | None:
         """See Pixels."""
@@ -48,15 +85,14 @@ class TorchvisionPixels:
         return None
 
 
-def _cut(finish: Finish, pictures: Pictures, at: int) -> torch.Tensor:
-    """The window of the picture at this place, resized, maybe mirrored and under its policy's operations, uint8."""
-    side, drawn = finish.crop.image_size, pictures.drawn
+def _cut(pictures: Pictures, at: int) -> torch.Tensor:
     image = torch.from_numpy(pil.decode(pictures.encoded[at].tobytes())).permute(2, 0, 1)
+    return window(image, pictures, at)
+
+
+def window(image: torch.Tensor, pictures: Pictures, at: int) -> torch.Tensor:
+    """The window of the picture (3 × H × W) at this place; black where it reaches outside."""
     shape = image.shape[1:]
     (top, left), (rows, columns) = np.rint(pictures.origin_B2[at] * shape), np.rint(pictures.size_B2[at] * shape)
-    image = F.crop(image, int(top), int(left), int(rows), int(columns))  # zeros where it reaches outside
-    resized: torch.Tensor = F.resize(image, [side, side], antialias=True)
-    mirrored = resized.flip(2) if pictures.flip_B[at] else resized
-    if drawn is None:
-        return mirrored
-    return torchvision_operations.apply(mirrored, drawn.operation_BK[at], drawn.strength_BK[at])
+    cut: torch.Tensor = F.crop(image, int(top), int(left), int(rows), int(columns))
+    return cut
