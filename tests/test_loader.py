@@ -20,9 +20,10 @@ from autodo_dist.data.dali import DaliPixels, DaliWindows
 from autodo_dist.data.loader import Batch, Dropped, Loader
 from autodo_dist.data.manifest import Manifest, read_manifest
 from autodo_dist.data.order import Crop
-from autodo_dist.data.pack import Source, pack
+from autodo_dist.data.pack import pack
 from autodo_dist.data.pixels import Finish, Pixels
 from autodo_dist.data.shards import Shards
+from autodo_dist.data.sources import Source
 from autodo_dist.data.torchvision_pixels import PilWindows, TorchvisionPixels
 from autodo_dist.errors import AutodoError
 from autodo_dist.parallel import comm

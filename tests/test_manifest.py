@@ -15,7 +15,8 @@ import pytest
 from PIL import Image
 
 from autodo_dist.data.manifest import check_files, read_manifest, verify_bytes
-from autodo_dist.data.pack import TRAIN, VALIDATION, Source, pack
+from autodo_dist.data.pack import pack
+from autodo_dist.data.sources import TRAIN, VALIDATION, Source
 from autodo_dist.errors import AutodoError
 from autodo_dist.files import sha256
 

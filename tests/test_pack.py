@@ -22,6 +22,7 @@ from autodo_dist.data import pack as packing
 from autodo_dist.data.digits import digits_sources
 from autodo_dist.data.manifest import PARTS, Manifest, check_files, read_manifest
 from autodo_dist.data.probe import EXTENSIONS
+from autodo_dist.data.sources import TRAIN, Source
 from autodo_dist.errors import AutodoError
 
 CLASSES = ("cat", "dog", "eel")
@@ -49,7 +50,7 @@ def tree(src: Path, folder: str = "train", each: int = 10) -> Path:
     return src
 
 
-def pack_sources(out: Path, sources: list[packing.Source], **changes: Any) -> dict[str, str]:
+def pack_sources(out: Path, sources: list[Source], **changes: Any) -> dict[str, str]:
     classes = [str(label) for label in range(1 + max(source.label for source in sources))]
     options: dict[str, Any] = {
         "seed": 0,
@@ -458,9 +459,7 @@ def png_sources(count: int, failing: int | None = None, error: type[BaseExceptio
 
         return read
 
-    return [
-        packing.Source(f"key-{number}", "png", number % 2, packing.TRAIN, reader(number)) for number in range(count)
-    ]
+    return [Source(f"key-{number}", "png", number % 2, TRAIN, reader(number)) for number in range(count)]
 
 
 def test_interrupted_pack_is_not_trusted_and_goes_on(tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ from autodo_dist.commands import pack_progress
 from autodo_dist.data import pack as packing
 from autodo_dist.data import unfinished
 from autodo_dist.data.manifest import check_files, read_manifest
-from autodo_dist.data.sources import FileBytes, Source
+from autodo_dist.data.sources import TRAIN, FileBytes, Source
 from autodo_dist.data.workers import Workers
 from autodo_dist.errors import AutodoError
 
@@ -137,7 +137,7 @@ def stop_at(stage: str, done: int) -> Callable[[str, int, int], None]:
 
 def file_sources(folder: Path, count: int) -> list[Source]:
     paths = [picture(folder / f"{number:02d}.png", seed=number) for number in range(count)]
-    return [Source(path.name, "png", 0, packing.TRAIN, FileBytes(str(path))) for path in paths]
+    return [Source(path.name, "png", 0, TRAIN, FileBytes(str(path))) for path in paths]
 
 
 def test_what_has_changed_since_is_packed_as_it_is_now(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -196,7 +196,7 @@ def test_only_what_was_not_read_is_read_again(tmp_path: Path) -> None:
         def reader(number: int) -> Callable[[], bytes]:
             return lambda: reads.append(number) or (b"" if number == broken else good[number]())  # type: ignore[func-returns-value]
 
-        return [Source(f"key-{number}", "png", 0, packing.TRAIN, reader(number)) for number in range(6)]
+        return [Source(f"key-{number}", "png", 0, TRAIN, reader(number)) for number in range(6)]
 
     with pytest.raises(AutodoError, match=r"1 unreadable: key-4 \(zero bytes\)"):
         pack_sources(tmp_path / "out", sources(broken=4))

@@ -13,6 +13,7 @@ import typer
 
 from autodo_dist.commands.pack_progress import progress
 from autodo_dist.data import digits as digits_set
+from autodo_dist.data import housenumbers as housenumbers_set
 from autodo_dist.data import imagenet as imagenet_set
 from autodo_dist.data import pack as packing
 from autodo_dist.data.encode import Shrink
@@ -98,6 +99,34 @@ def digits(
     _pack(
         out, "digits", origin, lambda report: (*digits_set.digits_sources(seed, validation_fraction, test_fraction), {})
     )
+
+
+@app.command()
+def housenumbers(
+    out: Out,
+    train: Annotated[int, typer.Option(help="pictures of train and validation")] = housenumbers_set.TRAIN_PICTURES,
+    test: Annotated[int, typer.Option(help="pictures of test")] = housenumbers_set.TEST_PICTURES,
+    balanced: Annotated[bool, typer.Option("--balanced", help="equally many of each digit, not as in SVHN")] = False,
+    seed: Seed = 0,
+    validation_fraction: ValidationFraction = 0.2,
+    shard_samples: ShardSamples = packing.SHARD_SAMPLES,
+    workers: Workers = None,
+) -> None:
+    """Pack generated house numbers, 32 × 32 pixels in colour: a stand-in for SVHN that needs no download."""
+    origin = {
+        "command": "housenumbers",
+        "seed": seed,
+        "train": train,
+        "test": test,
+        "balanced": balanced,
+        "validation_fraction": validation_fraction,
+        "shard_samples": shard_samples,
+    }
+
+    def find(report: packing.Report) -> Contents:
+        return *housenumbers_set.housenumbers_sources(seed, train, test, validation_fraction, balanced=balanced), {}
+
+    _pack(out, "housenumbers", origin, find, workers=workers)
 
 
 @app.command()

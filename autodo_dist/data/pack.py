@@ -23,13 +23,11 @@ from autodo_dist.data import unfinished
 from autodo_dist.data.encode import Shrink
 from autodo_dist.data.manifest import Shard, write_manifest
 from autodo_dist.data.probe import Found, probe_chunk
-from autodo_dist.data.sources import TEST, TRAIN, VALIDATION, Source, draw_part
+from autodo_dist.data.sources import TRAIN, Source
 from autodo_dist.data.workers import Workers
 from autodo_dist.data.write_shards import Place, Planned, plan_shards, write_shard
 from autodo_dist.errors import AutodoError
 from autodo_dist.files import write_text
-
-__all__ = ["TEST", "TRAIN", "VALIDATION", "Source", "draw_part", "pack"]  # what a maker of sources needs
 
 SHARD_SAMPLES = 1000
 CHUNK = 256  # pictures that a worker probes before it notes them: about 2 s of ImageNet's
