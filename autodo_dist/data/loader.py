@@ -36,7 +36,7 @@ S = TypeVar("S")
 T = TypeVar("T")
 
 READERS, READ_AHEAD = 4, 6  # threads that read tars, each a whole local batch; batches read before they are asked for
-DECODED_AHEAD = 2  # batches decoded before they are asked for
+DECODED_AHEAD = 1  # batches decoded before they are asked for, beside the one whose ids the batch before tells
 
 
 @dataclass(frozen=True)
