@@ -30,6 +30,9 @@ FREE_AT_RESUME = (
     "run.name",
     "data.root",  # what it holds may not change, nor data.split's: their checksums are compared (run_folder.py)
     "data.split",
+    "data.cache",
+    "data.stage_to",
+    "data.cache_gb",
     "data.device",
     "data.threads",
     "data.decoder",
@@ -94,7 +97,28 @@ class Run(Section):
 
 
 class Data(Section):
-    root: Path = Field(description="packed data set: the folder that `autodo pack` wrote")
+    root: str = Field(
+        min_length=1,
+        description="packed data set: the folder that `autodo pack` wrote, or the URL of its copy: s3://BUCKET/FOLDER, "
+        "http(s)://HOST/FOLDER",
+    )
+    stage_to: str | None = Field(
+        None,
+        min_length=1,
+        description="folder of each node's own disk, e.g. $TMPDIR, to which shards are copied before the first step",
+    )
+    cache: str | None = Field(
+        None,
+        min_length=1,
+        description="folder in which each node keeps shards for later epochs and runs, fetched while training reads "
+        "the others from data.root; null: ~/.cache/autodo_dist for a URL, none for a folder",
+    )
+    cache_gb: float | None = Field(
+        None,
+        ge=0,
+        description="most of the data set that a node copies by either, GB (10^9 bytes); the rest is read from "
+        "data.root. null: what leaves 5 % of the disk free (10 in ~/.cache/autodo_dist)",
+    )
     image_size: int = Field(224, ge=8, le=4096, description="side of the square pictures that the model sees, pixels")
     crop: Literal["resized", "padded", "whole"] = Field(
         "resized",
@@ -403,6 +427,8 @@ def check_config(tree: Any, source: str) -> Config:
 def check_consistent(config: Config) -> None:
     """AutodoError for settings that contradict each other, whatever the data."""
     learn, hyper, epochs, warmup = config.learn, config.hyper, config.train.epochs, config.optim.warmup_epochs
+    if config.data.stage_to and config.data.cache:
+        raise AutodoError("data.stage_to and data.cache: set one; both keep shards, one first, the other meanwhile")
     if warmup >= epochs:
         raise AutodoError(f"optim.warmup_epochs = {warmup:g}: not below train.epochs = {epochs}; lower it")
     if learn.color and learn.augment == "none":

@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import socket
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,11 @@ def sha256(path: Path) -> str:
         while block := file.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
+
+
+def own_partial(path: Path) -> Path:
+    """Where this thread alone writes a file that others may be writing too, until it is whole and renamed."""
+    return path.with_name(f"{path.name}~{socket.gethostname()}~{os.getpid()}~{threading.get_ident()}.partial")
 
 
 def write_text(path: Path, text: str) -> None:

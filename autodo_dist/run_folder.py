@@ -57,7 +57,7 @@ def check_same_run(config: Config, data_checksum: str) -> None:
     check_same_data(folder, config.data.root, data_checksum, config.data.split)
 
 
-def check_same_data(folder: Path, root: Path, data_checksum: str, split: Path | None) -> None:
+def check_same_data(folder: Path, place: str, data_checksum: str, split: Path | None) -> None:
     """Refuse a data set or a split file other than the one that the run was made with."""
     path = folder / "environment.json"
     if not path.is_file():
@@ -65,7 +65,7 @@ def check_same_data(folder: Path, root: Path, data_checksum: str, split: Path | 
     made_with = read_json(path)
     if made_with.get("data_checksum", data_checksum) != data_checksum:
         raise AutodoError(
-            f"run {folder}: was made with another packed data set than {root} (checksum of its manifest); "
+            f"run {folder}: was made with another packed data set than {place} (checksum of its manifest); "
             "set data.root to that one, or choose another run.name"
         )
     if made_with.get("split_checksum") != split_checksum(split):

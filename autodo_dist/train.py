@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 import time
@@ -14,9 +15,9 @@ import torch
 
 from autodo_dist import run_folder
 from autodo_dist.build import Parts, build, choose_device
+from autodo_dist.build_data import read_data
 from autodo_dist.config import Config
 from autodo_dist.data.loader import Batch, Loader, endless
-from autodo_dist.data.manifest import read_manifest
 from autodo_dist.errors import AutodoError
 from autodo_dist.evaluate import evaluate
 from autodo_dist.files import write_json
@@ -48,7 +49,7 @@ def train(config: Config) -> None:
 
     A finished run says so and changes nothing. AutodoError for whatever the user can mend.
     """
-    manifest = read_manifest(config.data.root)
+    manifest = read_data(config)
     run_folder.check_same_run(config, manifest.checksum)
     place = comm.place()
     if run_folder.finished(config.folder):
@@ -67,7 +68,10 @@ def train(config: Config) -> None:
         clock = Clock(progress.seconds)
         clock.add("start", time.time() - psutil.Process().create_time())
         metrics = MetricsFile(config.folder / "metrics.jsonl", progress.lines) if ranks.main else None
-        with ProgressBar(screen, total_steps(config, parts), progress.step) as bar:
+        with (
+            contextlib.closing(parts.loaders.task.shards),
+            ProgressBar(screen, total_steps(config, parts), progress.step) as bar,
+        ):
             loop(Run(config, ranks, parts, progress, sums, clock, metrics, bar))
 
 

@@ -37,7 +37,7 @@ import torch.nn.functional as F
 import typer
 from torch.utils.flop_counter import FlopCounterMode
 
-from autodo_dist import build
+from autodo_dist import build, build_data
 from autodo_dist.build import Hyper, Parts
 from autodo_dist.config import Config, check_config
 from autodo_dist.data.loader import Batch
@@ -172,7 +172,7 @@ def make_parts(config: Config, split: Split, classes: int, ranks: Ranks) -> Part
         manifest=manifest,
         model=model,
         engine=build.build_engine(config, model, ranks),
-        loaders=cast(build.Loaders, SimpleNamespace(task=batch, hyper_validation=batch)),
+        loaders=cast(build_data.Loaders, SimpleNamespace(task=batch, hyper_validation=batch)),
         dtype=build.DTYPES[config.train.precision],
         lr=lambda done: LR,
         objective=Objective(config.learn.loss, config.train.batch_size),  # of runs that learn soft labels

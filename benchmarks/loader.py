@@ -35,7 +35,7 @@ import typer
 from nvidia.dali import fn, pipeline_def, types
 from PIL import Image
 
-from autodo_dist import build
+from autodo_dist import build_data
 from autodo_dist.config import check_config
 from autodo_dist.data.folder import folder_sources
 from autodo_dist.data.loader import Loader
@@ -52,12 +52,8 @@ HEIGHT, WIDTH, QUALITY = 375, 500, 90
 SIDE, BATCH, QUEUE = 224, 64, 2  # QUEUE: batches that a way may have ready
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 CORES = len(os.sched_getaffinity(0))
-LIMIT, OURS, OURS_PIL, DALI = (
-    "DALI, no normalising",
-    "this loader",
-    "this loader, PIL decodes",
-    "DALI readers.webdataset",
-)
+LIMIT, DALI = "DALI, decode and resize only", "DALI readers.webdataset"
+OURS, OURS_PIL = "this loader", "this loader, PIL decodes"
 WEBDATASET, FOLDER = "webdataset + torchvision", "ImageFolder + DataLoader"
 MIB = 2**20
 
@@ -197,12 +193,12 @@ def by_this_loader(root: Path, decoder: str) -> Batches:
     return (batch for epoch in itertools.count() for batch in loader.batches(epoch))
 
 
-def loaders(root: Path, decoder: str) -> build.Loaders:
+def loaders(root: Path, decoder: str) -> build_data.Loaders:
     """The loaders of a run of one rank."""
     data = {"root": str(root), "decoder": decoder, "threads": CORES, "validation_fraction": 0.04}
     config = check_config({"data": data, "train": {"batch_size": BATCH}}, "of the benchmark")
     manifest = read_manifest(root)
-    return build.build_loaders(config, manifest, build.build_split(config, manifest), Ranks(0, 1, CPU))
+    return build_data.build_loaders(config, manifest, build_data.build_split(config, manifest), Ranks(0, 1, CPU))
 
 
 def by_dali(root: Path, *, finish: bool) -> Batches:

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from nvidia.dali.auto_aug import auto_augment
 from torchvision.transforms import autoaugment
 
-from autodo_dist import build
+from autodo_dist import build_data
 from autodo_dist.config import check_config
 from autodo_dist.data import order, policies
 from autodo_dist.data.loader import Batch
@@ -190,12 +190,12 @@ def make_policy_erased(probability: float, streams: list[np.random.Generator]) -
     return Policy(None, make_erase("cutout", 0.1, probability, 32)).draw(streams).erased_B4
 
 
-def loaders(root: Path, words: dict[str, Any], rank: int = 0, ranks: int = 1) -> build.Loaders:
+def loaders(root: Path, words: dict[str, Any], rank: int = 0, ranks: int = 1) -> build_data.Loaders:
     tree = {"data": {"root": str(root), "image_size": 32, "crop": "padded", "validation_fraction": 0.2} | words}
     tree |= {"train": {"batch_size": 60}, "learn": {"augment": "per_sample"}}
     made, manifest = check_config(tree, ""), read_manifest(root)
     place = Ranks(rank, ranks, torch.device("cpu"))
-    return build.build_loaders(made, manifest, build.build_split(made, manifest), place)
+    return build_data.build_loaders(made, manifest, build_data.build_split(made, manifest), place)
 
 
 POLICY = {"policy": "randaugment", "erase": "random"}

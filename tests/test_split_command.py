@@ -13,11 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 import pytest
 from rich.console import Console
 
-from autodo_dist.build import build_split
+from autodo_dist.build_data import build_split
 from autodo_dist.commands.evaluate import evaluate_checkpoint
 from autodo_dist.commands.split import show
 from autodo_dist.commands.split import split as command
@@ -159,7 +158,6 @@ def thousand_classes() -> tuple[Manifest, Split]:
         name="many",
         classes=tuple(f"[n{label:04d}]" for label in range(1000)),
         shards=(),
-        keys=pa.array([], pa.string()),
         shard_N=empty,
         offset_N=empty,
         size_N=empty,

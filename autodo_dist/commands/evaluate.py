@@ -13,7 +13,7 @@ from autodo_dist.errors import AutodoError
 def evaluate(
     run: Annotated[Path, typer.Argument(help="run folder, e.g. runs/digits")],
     step: Annotated[int | None, typer.Option(help="the checkpoint of this step; by default the newest")] = None,
-    data: Annotated[Path | None, typer.Option(help="the packed data set, where it lies elsewhere by now")] = None,
+    data: Annotated[str | None, typer.Option(help="the packed data set, where it lies elsewhere by now")] = None,
 ) -> None:
     """Evaluate a checkpoint on the test part, every picture once."""
     found = evaluate_checkpoint(run, step, data)
@@ -24,16 +24,16 @@ def evaluate(
         typer.echo(f"  {name}: " + ("no pictures" if accuracy is None else f"{accuracy:.4f}"))
 
 
-def evaluate_checkpoint(run: Path, step: int | None, data: Path | None) -> dict[str, Any]:
+def evaluate_checkpoint(run: Path, step: int | None, data: Path | str | None) -> dict[str, Any]:
     """What `evaluate.evaluate` finds on the test part with the weights of a checkpoint, and its step."""
-    from autodo_dist import build, run_folder
-    from autodo_dist.data.manifest import check_files, read_manifest
+    from autodo_dist import build, build_data, run_folder
+    from autodo_dist.data.manifest import check_files
     from autodo_dist.evaluate import evaluate
     from autodo_dist.parallel import checkpoint, comm
 
     config = run_folder.read_config(run)
-    manifest = read_manifest(data or config.data.root)
-    run_folder.check_same_data(run, manifest.root, manifest.checksum, config.data.split)
+    manifest = build_data.read_data(config, data)
+    run_folder.check_same_data(run, manifest.place, manifest.checksum, config.data.split)
     check_files(manifest)
     with comm.process_group(comm.Place(), build.choose_device(config.train.device, 0)) as ranks:
         root = run / "checkpoints"
@@ -42,6 +42,6 @@ def evaluate_checkpoint(run: Path, step: int | None, data: Path | None) -> dict[
             raise AutodoError(f"run {run}: has no checkpoint yet")
         model = build.build_classifier(config, len(manifest.classes), ranks.device)
         progress = checkpoint.restore(path, {"model": model.state_dict()}, ranks)
-        test = build.build_loaders(config, manifest, build.build_split(config, manifest), ranks).test
+        test = build_data.build_loaders(config, manifest, build_data.build_split(config, manifest), ranks).test
         dtype = build.DTYPES[config.train.precision]
         return {"step": progress["step"]} | evaluate(model, test, manifest.classes, dtype, ranks)

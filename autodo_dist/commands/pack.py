@@ -62,7 +62,7 @@ Contents = tuple[list[str], list[Source], dict[str, Any]]  # class names, pictur
 def main(
     context: typer.Context,
     verify: Annotated[
-        Path | None,
+        str | None,
         typer.Option(metavar="ROOT", help="read every byte of a packed data set and compare it with its manifest"),
     ] = None,
 ) -> None:

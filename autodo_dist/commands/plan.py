@@ -96,20 +96,20 @@ def sizes_of(config: Config, samples: int | None, classes: int | None) -> Sizes:
 
     Without it, half of the classes are taken to hold half of the pictures. AutodoError where there is neither.
     """
-    from autodo_dist.build import build_split
-    from autodo_dist.data.manifest import read_manifest
+    from autodo_dist.build_data import build_split, read_data
+    from autodo_dist.data.remote import is_remote
 
     data = config.data
     if samples is not None and classes is not None:
         validation = round(samples * (data.validation_fraction or 0))
         kept = (classes // 2 + (classes - classes // 2) / data.imbalance_ratio) / classes
         return Sizes(round((samples - validation) * kept), validation or config.train.batch_size, classes)
-    if not (data.root / "manifest.json").is_file():
+    if not is_remote(data.root) and not (Path(data.root) / "manifest.json").is_file():
         raise AutodoError(
             f"data {data.root}: not packed yet; set data.root, or give --samples and --classes (ImageNet: "
             "1281167 and 1000)"
         )
-    manifest = read_manifest(data.root)
+    manifest = read_data(config)
     split = build_split(config, manifest)
     return Sizes(len(split.train), len(split.validation), len(manifest.classes))
 
@@ -118,11 +118,11 @@ def workload(config: Config, sizes: Sizes, cluster: Cluster) -> Workload:
     """The values that the plan takes. AutodoError where settings contradict each other."""
     import torch
 
-    from autodo_dist import build
+    from autodo_dist import build, build_data
     from autodo_dist.footprint import measure
 
     learn, hyper, batch = config.learn, config.hyper, config.train.batch_size
-    operations, dtype = build.operations(config), build.DTYPES[config.train.precision]
+    operations, dtype = build_data.operations(config), build.DTYPES[config.train.precision]
     foot = measure(
         config.model.name,
         sizes.classes,

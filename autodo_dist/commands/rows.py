@@ -27,7 +27,7 @@ def rows(
     run: Annotated[Path, typer.Argument(help="run folder, e.g. runs/digits")],
     ids: Annotated[str, typer.Option(help="ids of train samples: numbers and ranges, e.g. 3,17,40-45")],
     step: Annotated[int | None, typer.Option(help="the checkpoint of this step; by default the newest")] = None,
-    data: Annotated[Path | None, typer.Option(help="the packed data set, where it lies elsewhere by now")] = None,
+    data: Annotated[str | None, typer.Option(help="the packed data set, where it lies elsewhere by now")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="print one JSON object")] = False,
 ) -> None:
     """Show what was learnt of a few samples: weight, soft label, augmentation, last update. Reads their rows alone."""
@@ -49,12 +49,11 @@ def parse_ids(words: str) -> list[tuple[int, int]]:
     return spans
 
 
-def read_rows(run: Path, spans: Sequence[tuple[int, int]], step: int | None, data: Path | None) -> dict[str, Any]:
+def read_rows(run: Path, spans: Sequence[tuple[int, int]], step: int | None, data: Path | str | None) -> dict[str, Any]:
     """What a checkpoint holds of the samples whose ids are in the spans; see `text` for how it is shown."""
     import torch
 
-    from autodo_dist import build, run_folder
-    from autodo_dist.data.manifest import read_manifest
+    from autodo_dist import build, build_data, run_folder
     from autodo_dist.parallel import checkpoint
     from autodo_dist.parallel.checkpoint_rows import RowReader, find_checkpoint
     from autodo_dist.parallel.row_table import find
@@ -63,9 +62,9 @@ def read_rows(run: Path, spans: Sequence[tuple[int, int]], step: int | None, dat
     if not config.learn.anything:
         raise AutodoError(f"run {run}: learns nothing of its samples (learn.augment, weight, soft_label are all off)")
     path = find_checkpoint(run / "checkpoints", step)
-    manifest = read_manifest(data or config.data.root)
-    run_folder.check_same_data(run, manifest.root, manifest.checksum, config.data.split)
-    split = build.build_split(config, manifest)
+    manifest = build_data.read_data(config, data)
+    run_folder.check_same_data(run, manifest.place, manifest.checksum, config.data.split)
+    split = build_data.build_split(config, manifest)
     ids = expand(spans, split)
     layout = build.build_layout(config, len(manifest.classes))
     reader = RowReader(path)

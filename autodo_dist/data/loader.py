@@ -84,7 +84,7 @@ class Dropped:
         """Note further pictures. AutodoError if they are too many."""
         self.why = self.why | faults  # a new one, as others may be reading the old one
         id_, why = next(iter(faults.items()))
-        picture = f"data {self.manifest.root}: picture {self.manifest.keys[id_]} (id {id_}) does not decode ({why}); "
+        picture = f"data {self.manifest.place}: picture {self.manifest.keys[id_]} (id {id_}) does not decode ({why}); "
         if not self.most:
             raise AutodoError(picture + "mend or remove it in the source and pack again, or set data.on_error=skip")
         self.check(len(self.why), picture)
@@ -93,8 +93,8 @@ class Dropped:
         """AutodoError if `count` pictures are too many to drop."""
         if count > self.most:
             raise AutodoError(
-                f"{picture or f'data {self.manifest.root}: '}{count} pictures do not decode, more than the {self.most} "
-                "that data.most_dropped allows; pack again, or raise it"
+                f"{picture or f'data {self.manifest.place}: '}{count} pictures do not decode, more than the "
+                f"{self.most} that data.most_dropped allows; pack again, or raise it"
             )
 
 
@@ -181,7 +181,7 @@ class Loader:
         if not len(read.ids_B):
             if self.random_crop:  # BatchNorm cannot do with no picture
                 raise AutodoError(
-                    f"data {self.shards.manifest.root}: rank {self.rank}'s whole part of a batch does not decode; "
+                    f"data {self.shards.manifest.place}: rank {self.rank}'s whole part of a batch does not decode; "
                     "pack again, or raise train.batch_size"
                 )
             return read, torch.empty(0, 3, self.crop.image_size, self.crop.image_size)
@@ -194,8 +194,8 @@ class Loader:
                 if (why := self._pixels.fault(encoded)) is not None
             }
             if not faults:
-                root = self.shards.manifest.root
-                raise AutodoError(f"data {root}: pictures decode alone but not together ({error})") from error
+                place = self.shards.manifest.place
+                raise AutodoError(f"data {place}: pictures decode alone but not together ({error})") from error
             self.dropped.add(faults)
             return self._without_broken(read)
 
