@@ -209,6 +209,12 @@ def test_real_ranks_load_the_same_global_batches(pool: RankPool, digits: Path, m
         assert seen == expected
 
 
+def test_one_shard_serves_any_number_of_ranks(gradients: Manifest) -> None:
+    assert len(gradients.shards) == 1
+    parts = [list(make(gradients, np.arange(6), rank=rank, ranks=4, batch_size=6).batches(0)) for rank in range(4)]
+    assert sorted(id_ for part in parts for id_ in part[0].ids_B.tolist()) == list(range(6))
+
+
 def test_a_tar_cut_off_after_the_start_is_named(gradients: Manifest, tmp_path: Path) -> None:
     copy = replace(gradients, root=Path(shutil.copytree(gradients.root, tmp_path / "copy")))
     tar = copy.root / copy.shards[0].name

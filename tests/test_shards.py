@@ -25,7 +25,7 @@ from servers import Site, serve
 from test_train import assert_equal_states, lines, run_train, settings, weights
 from typer.testing import CliRunner
 
-from autodo_dist.build import expand
+from autodo_dist.build_data import expand
 from autodo_dist.cli import app
 from autodo_dist.commands.evaluate import evaluate_checkpoint
 from autodo_dist.config import check_config, differences

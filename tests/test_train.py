@@ -193,6 +193,22 @@ def test_another_data_set_is_refused(run: dict[str, Any], digits: Path, tmp_path
         run_train(run | {"data": run["data"] | {"root": str(copy)}})
 
 
+def test_a_shard_that_is_gone_at_a_resume_is_named_and_nothing_lost(
+    pool: RankPool, digits: Path, tmp_path: Path
+) -> None:
+    copy = Path(shutil.copytree(digits, tmp_path / "data"))
+    tree = settings(copy, tmp_path)
+    folder = pool.run(1, run_train, tree)[0]
+    final = weights(folder, 12)
+    cut_back(folder, 5)
+    (copy / "train-00001.tar").unlink()
+    with pytest.raises(RankError, match=r"train-00001\.tar: tar or index is missing; copy it back or pack again"):
+        pool.run(1, run_train, tree)
+    shutil.copy2(digits / "train-00001.tar", copy)
+    pool.run(1, run_train, tree)
+    assert_equal_states(weights(folder, 12), final)
+
+
 @pytest.mark.parametrize("damage", ["cut", "flip", "delete", "header"])
 def test_a_broken_newest_checkpoint_is_passed_over(run: dict[str, Any], damage: str) -> None:
     folder = folder_of(run)
