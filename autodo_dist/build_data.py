@@ -212,6 +212,7 @@ def keep_shards(config: Config, shards: Shards, ranks: Ranks) -> None:
         None if limit is None else round(limit * 1e9),
         Turn(node.index(ranks.rank), len(node)),
         ranks.gather if data.stage_to else None,
+        strict=data.on_error == "stop",
     )
 
 

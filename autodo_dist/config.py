@@ -21,6 +21,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationIn
 from pydantic.fields import FieldInfo
 
 from autodo_dist.errors import AutodoError
+from autodo_dist.urls import is_remote
 
 # A run may be resumed with another value of these: they say where it runs and what it writes, not what it computes.
 # (Its numbers may still differ in the last bits: a GPU decodes a JPEG a little differently, and BatchNorm sees a rank's
@@ -193,6 +194,13 @@ class Data(Section):
     most_dropped: float = Field(
         0.001, gt=0, lt=1, description="on_error=skip: share of the data set's pictures that may be dropped"
     )
+
+    @field_validator("root")
+    @classmethod
+    def _place(cls, root: str) -> str:
+        """Before anything is written: a URL may hold a password."""
+        is_remote(root)
+        return root
 
     @field_validator("crop_area")
     @classmethod
@@ -427,6 +435,20 @@ def check_config(tree: Any, source: str) -> Config:
 def check_consistent(config: Config) -> None:
     """AutodoError for settings that contradict each other, whatever the data."""
     learn, hyper, epochs, warmup = config.learn, config.hyper, config.train.epochs, config.optim.warmup_epochs
+    data = config.data
+    for name, needs in (
+        ("erase_area", data.erase != "none"),
+        ("erase_probability", data.erase != "none"),
+        ("policy_operations", data.policy in ("randaugment", "random_subset")),
+        ("policy_strength", data.policy in ("randaugment", "random_subset")),
+        ("most_dropped", data.on_error == "skip"),
+    ):
+        if not needs and getattr(data, name) != Data.model_fields[name].default:
+            raise AutodoError(
+                f"data.{name} = {getattr(data, name)}: changes nothing here (see `autodo settings`); leave it out"
+            )
+    if data.decoder == "pil" and data.device == "gpu":
+        raise AutodoError("data.device = gpu: PIL decodes on the CPU; set data.decoder to auto, or data.device=auto")
     if config.data.stage_to and config.data.cache:
         raise AutodoError("data.stage_to and data.cache: set one; both keep shards, one first, the other meanwhile")
     if warmup >= epochs:

@@ -16,7 +16,7 @@ from autodo_dist.parallel.comm import Ranks
 def evaluate(
     module: nn.Module, loader: Loader, classes: tuple[str, ...], dtype: torch.dtype, ranks: Ranks
 ) -> dict[str, Any]:
-    """Mean cross entropy (nats), top-1 accuracy (0 to 1) and accuracy per class of `loader`'s pictures.
+    """Mean cross entropy (nats), top-1 accuracy (0 to 1), both over so many pictures, and accuracy per class.
 
     None where there is no picture. Leaves the module in eval mode. Every rank must call this.
     """
@@ -34,6 +34,7 @@ def evaluate(
     hits, pictures = counts_C2.sum(0).tolist()
     return {
         "loss": loss.item() / pictures if pictures else None,
+        "pictures": int(pictures),
         "accuracy": hits / pictures if pictures else None,
         "accuracy_per_class": {
             name: hit / count if count else None for name, (hit, count) in zip(classes, counts_C2.tolist(), strict=True)

@@ -127,8 +127,8 @@ def write_labels(folder: Path, rows: list[tuple[int, int, float, int, float]], m
     os.replace(partial, folder / "labels.csv")
 
 
-def write_dropped(folder: Path, why: dict[int, str], manifest: Manifest) -> None:
-    """Add pictures that were dropped (id -> why) to dropped.csv, and say which are new."""
+def write_dropped(folder: Path, why: dict[int, str], manifest: Manifest) -> int:
+    """Add pictures that were dropped (id -> why) to dropped.csv, and say which are new; how many it holds then."""
     path = folder / "dropped.csv"
     known = {}
     if path.is_file():
@@ -136,11 +136,13 @@ def write_dropped(folder: Path, why: dict[int, str], manifest: Manifest) -> None
             known = {int(row["id"]): row["why"] for row in csv.DictReader(file)}
     if new := why.keys() - known.keys():
         names = ", ".join(str(manifest.keys[id_]) for id_ in sorted(new)[:5])
-        log.warning("%d pictures that do not decode are left out (%s …), see %s", len(new), names, path)
+        more = " …" if len(new) > 5 else ""
+        log.warning("left out, as they do not decode: %d pictures (%s%s), see %s", len(new), names, more, path)
         text = io.StringIO()
         rows = [(id_, manifest.keys[id_], reason) for id_, reason in sorted((known | why).items())]
         csv.writer(text, lineterminator="\n").writerows([("id", "key", "why"), *rows])
         write_text(path, text.getvalue())
+    return len(known | why)
 
 
 def read_config(folder: Path) -> Config:

@@ -241,13 +241,12 @@ def write_line(run: Run, interval: Interval, last: bool) -> None:
 def note_dropped(run: Run) -> None:
     """List the pictures that any rank dropped in the run folder. Every rank must call this.
 
-    AutodoError if they are more than may be.
+    AutodoError if they are more than may be, those of earlier starts among them.
     """
     dropped = run.parts.loaders.dropped
     found = {id_: why for part in run.ranks.gather(dropped.why) for id_, why in part.items()}
-    dropped.check(len(found))
-    if found and run.ranks.main:
-        run_folder.write_dropped(run.config.folder, found, run.parts.manifest)
+    count = run_folder.write_dropped(run.config.folder, found, run.parts.manifest) if run.ranks.main else 0
+    dropped.check(run.ranks.from_main(count))
 
 
 def save(run: Run) -> None:
@@ -274,6 +273,7 @@ def summarise(run: Run) -> None:
         run_folder.write_labels(run.config.folder, labels, run.parts.manifest)
     summary: dict[str, Any] = {
         "test_accuracy_final": last["test_accuracy"],
+        "test_pictures": last["test_pictures"],
         "test_accuracy_selected": best.get("test_accuracy"),
         "selected_epoch": best.get("epoch"),
         "test_accuracy_per_class": last["test_accuracy_per_class"],

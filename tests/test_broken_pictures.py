@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from ranks import RankPool
+from ranks import RankError, RankPool
 from test_autodo import learning
 from test_loader import make
 from test_train import assert_close_runs, assert_equal_states, cut_back, lines, run_train, settings, weights
@@ -74,10 +74,12 @@ def test_only_the_broken_ones_are_missing(
 
 @DECODERS
 def test_more_than_may_be_dropped(digits: Path, train_ids: np.ndarray, tmp_path: Path, decoder: str) -> None:
-    copy = damaged(digits, tmp_path / "copy", train_ids[:4].tolist())
-    loader = make(copy, train_ids, batch_size=20, dropped=Dropped(copy, most=3), decoder=decoder)
-    with pytest.raises(AutodoError, match=r"does not decode .* 4 pictures do not decode, more than the 3"):
-        list(loader.batches(0))
+    copy, dropped = damaged(digits, tmp_path / "copy", train_ids[:4].tolist()), Dropped(read_manifest(digits), most=3)
+    list(make(copy, train_ids, batch_size=20, dropped=dropped, decoder=decoder).batches(0))
+    assert set(dropped.why) == set(train_ids[:4].tolist())
+    dropped.check(3)
+    with pytest.raises(AutodoError, match=r"4 pictures do not decode, more than the 3 that data\.most_dropped allows"):
+        dropped.check(4)
 
 
 def test_a_part_with_nothing_left_is_refused_in_training_and_empty_in_evaluation(
@@ -116,6 +118,50 @@ def test_a_run_stops_unless_it_may_skip_so_many(
 ) -> None:
     with pytest.raises(AutodoError, match=message):
         run_train(settings(broken[0].root, tmp_path, data__imbalance_ratio=1, **changes))
+
+
+def test_the_share_holds_over_several_starts(
+    pool: RankPool, broken: tuple[Manifest, list[int]], tmp_path: Path
+) -> None:
+    """Four are broken and three may be: the same command again finds the list, and stops again."""
+    changes = {"data__on_error": "skip", "data__most_dropped": 3 / 1797, "data__imbalance_ratio": 1}
+    tree = settings(broken[0].root, tmp_path, **changes)
+    for _ in range(2):
+        with pytest.raises(RankError, match=r"4 pictures do not decode, more than the 3"):
+            pool.run(2, run_train, tree)
+        assert listed(tmp_path / "run") == sorted(broken[1])
+
+
+@pytest.mark.parametrize("setting", ["cache", "stage_to"])
+def test_a_spoilt_shard_is_read_from_the_source(
+    pool: RankPool, broken: tuple[Manifest, list[int]], tmp_path: Path, setting: str
+) -> None:
+    """Its checksum is wrong. Where pictures may be dropped it is not kept, and the numbers are as without copies."""
+    changes = {"data__on_error": "skip", "data__most_dropped": 0.01, "data__imbalance_ratio": 1}
+    kept = {f"data__{setting}": str(tmp_path / "kept")}
+    plain = pool.run(2, run_train, settings(broken[0].root, tmp_path / "plain", **changes))[0]
+    copied = pool.run(2, run_train, settings(broken[0].root, tmp_path / "copied", **changes, **kept))[0]
+    assert_equal_states(weights(copied, 22), weights(plain, 22))
+    assert listed(copied) == sorted(broken[1])
+    spoilt = {broken[0].shards[broken[0].shard_N[id_]].name for id_ in broken[1]}
+    there = {path.name for path in (tmp_path / "kept").glob("*/*.tar")}
+    assert there == {shard.name for shard in broken[0].shards} - spoilt
+
+
+def test_a_png_whose_data_is_spoilt_is_found_by_both(digits: Path, tmp_path: Path) -> None:
+    """PIL decodes it without a word: it does not look at the checksums of a PNG's data."""
+    manifest = read_manifest(digits)
+    ids = np.flatnonzero(manifest.part_N == 0)[:20]
+    copy = replace(manifest, root=Path(shutil.copytree(digits, tmp_path / "copy")))
+    tar = copy.root / copy.shards[copy.shard_N[ids[3]]].name
+    data = bytearray(tar.read_bytes())
+    end = int(copy.offset_N[ids[3]] + copy.size_N[ids[3]])
+    data[end - 60 : end - 40] = bytes(20)
+    tar.write_bytes(data)
+    for decoder in ("dali", "pil"):
+        dropped = Dropped(copy, most=9)
+        list(make(copy, ids, batch_size=20, dropped=dropped, decoder=decoder).batches(0))
+        assert list(dropped.why) == [ids[3]], decoder
 
 
 def test_a_run_with_dropped_pictures_learns_the_same_on_any_ranks(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import os
@@ -19,6 +20,7 @@ from wds2idx import IndexCreator
 
 from autodo_dist.commands.pack import app
 from autodo_dist.data import pack as packing
+from autodo_dist.data import unfinished
 from autodo_dist.data.digits import digits_sources
 from autodo_dist.data.manifest import PARTS, Manifest, check_files, read_manifest
 from autodo_dist.data.probe import EXTENSIONS
@@ -477,11 +479,31 @@ def test_interrupted_pack_is_not_trusted_and_goes_on(tmp_path: Path) -> None:
     assert everything(tmp_path / "out") == everything(tmp_path / "whole")
 
 
-def test_shards_of_a_larger_interrupted_pack_do_not_stay(tmp_path: Path) -> None:
+def test_tars_that_are_not_ours_stay(tmp_path: Path) -> None:
+    """Webdataset's own tars have the same names, and a data set may have lost its manifest."""
     pack_sources(tmp_path / "out", png_sources(20))
     (tmp_path / "out" / "manifest.json").unlink()
-    pack_sources(tmp_path / "out", png_sources(6))
-    assert sorted(path.name for path in (tmp_path / "out").glob("*.tar")) == ["train-00000.tar", "train-00001.tar"]
+    there = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+    with pytest.raises(AutodoError, match=r"holds other things \('samples.parquet'\); choose an empty or a new folder"):
+        pack_sources(tmp_path / "out", png_sources(6))
+    assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == there
+
+
+def test_a_pack_that_ends_while_another_waits_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both found the folder usable; the second got the lock when the first was done."""
+    out, pack_first = tmp_path / "out", unfinished._alone
+
+    @contextlib.contextmanager
+    def after_the_first(folder: Path) -> Iterator[None]:
+        monkeypatch.setattr(unfinished, "_alone", pack_first)
+        pack_sources(out, png_sources(20))
+        with pack_first(folder):
+            yield
+
+    monkeypatch.setattr(unfinished, "_alone", after_the_first)
+    with pytest.raises(AutodoError, match="already holds a packed data set"):
+        pack_sources(out, png_sources(6), seed=1)
+    assert len(read_manifest(out)) == 20
 
 
 def test_picture_that_vanishes_while_being_packed_is_an_error_line(tmp_path: Path) -> None:

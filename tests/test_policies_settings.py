@@ -37,6 +37,11 @@ def file(tmp_path: Path) -> Path:
         ("data.erase=cutuot", "; did you mean cutout?"),
         ("data.erase_area=0", "data.erase_area = 0: input should be greater than 0"),
         ("data.erase_probability=1.5", "data.erase_probability = 1.5"),
+        ("data.policy_strength=7", "data.policy_strength = 7: changes nothing here"),
+        ("data.erase_area=0.5", "data.erase_area = 0.5: changes nothing here"),
+        ("data.most_dropped=0.5", "data.most_dropped = 0.5: changes nothing here"),
+        ("data.root=http://me:secret@host/data", "a password would be written into the run folder"),
+        ("data.root=ftp://host/data", "unknown scheme ftp://"),
         ("data.sub_policies=[[[rotate,0.5,3]]]", "data.policy = none: custom and data.sub_policies belong together"),
     ],
 )

@@ -272,12 +272,13 @@ def test_a_disk_that_becomes_full_is_a_warning(
     shards = Shards(manifest)
     try:
         shards.keep(tmp_path / "kept", None, Turn(), alone if first else None)
-        wait_until(lambda: caplog.messages)
+        wait_until(lambda: any(found.levelname == "WARNING" for found in caplog.records))
         shards.close()
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
         signal.signal(signal.SIGXFSZ, handler)
-    assert caplog.messages[0].startswith(f"{tmp_path / 'kept'} cannot be written (File too large)")
+    (warning,) = [found.getMessage() for found in caplog.records if found.levelname == "WARNING"][:1]
+    assert warning.startswith(f"{tmp_path / 'kept'} cannot be written (File too large)")
     assert tars(tmp_path / "kept") == {}
     assert_reads_right(shards, digits)
 

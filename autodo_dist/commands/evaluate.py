@@ -19,7 +19,11 @@ def evaluate(
     found = evaluate_checkpoint(run, step, data)
     if found["accuracy"] is None:
         raise AutodoError(f"run {run}: its data set has no test part; pack one with test pictures")
-    typer.echo(f"step {found['step']}: test accuracy {found['accuracy']:.6f}, test loss {found['loss']:.6f} nats")
+    left_out = f", {found['dropped']} left out that do not decode" if found["dropped"] else ""
+    typer.echo(
+        f"step {found['step']}: test accuracy {found['accuracy']:.6f}, test loss {found['loss']:.6f} nats, "
+        f"{found['pictures']} pictures{left_out}"
+    )
     for name, accuracy in found["accuracy_per_class"].items():
         typer.echo(f"  {name}: " + ("no pictures" if accuracy is None else f"{accuracy:.4f}"))
 
@@ -42,6 +46,7 @@ def evaluate_checkpoint(run: Path, step: int | None, data: Path | str | None) ->
             raise AutodoError(f"run {run}: has no checkpoint yet")
         model = build.build_classifier(config, len(manifest.classes), ranks.device)
         progress = checkpoint.restore(path, {"model": model.state_dict()}, ranks)
-        test = build_data.build_loaders(config, manifest, build_data.build_split(config, manifest), ranks).test
-        dtype = build.DTYPES[config.train.precision]
-        return {"step": progress["step"]} | evaluate(model, test, manifest.classes, dtype, ranks)
+        loaders = build_data.build_loaders(config, manifest, build_data.build_split(config, manifest), ranks)
+        found = evaluate(model, loaders.test, manifest.classes, build.DTYPES[config.train.precision], ranks)
+        loaders.dropped.check(len(loaders.dropped.why))
+        return {"step": progress["step"], "dropped": len(loaders.dropped.why)} | found

@@ -97,10 +97,12 @@ def sizes_of(config: Config, samples: int | None, classes: int | None) -> Sizes:
     Without it, half of the classes are taken to hold half of the pictures. AutodoError where there is neither.
     """
     from autodo_dist.build_data import build_split, read_data
-    from autodo_dist.data.remote import is_remote
+    from autodo_dist.urls import is_remote
 
     data = config.data
     if samples is not None and classes is not None:
+        if data.split is not None:
+            raise AutodoError("--samples: data.split says how many there are; leave out --samples and --classes")
         validation = round(samples * (data.validation_fraction or 0))
         kept = (classes // 2 + (classes - classes // 2) / data.imbalance_ratio) / classes
         return Sizes(round((samples - validation) * kept), validation or config.train.batch_size, classes)

@@ -31,7 +31,7 @@ Counts = npt.NDArray[np.int64]
 
 
 def split(
-    data: Annotated[Path, typer.Argument(metavar="DATA", help="packed data set: the folder that `autodo pack` wrote")],
+    data: Annotated[str, typer.Argument(metavar="DATA", help="packed data set: a folder, or a URL as data.root")],
     out: Annotated[Path, typer.Argument(metavar="OUT_FILE", help="the split; a run takes it by data.split=OUT_FILE")],
     validation_fraction: Annotated[
         float | None,

@@ -15,7 +15,9 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import logging
 import os
+import resource
 import shutil
 import socket
 import time
@@ -29,6 +31,7 @@ from autodo_dist.data.remote import Place
 from autodo_dist.errors import AutodoError
 from autodo_dist.files import own_partial
 
+log = logging.getLogger(__name__)
 BLOCK, PARTS = 8 << 20, 4  # bytes of a range, and ranges asked for at once, while a shard is fetched
 FREE_SHARE, FREE_BYTES = 0.05, 10**9  # of the disk; the larger of the two stays free
 STALE_S = 24 * 3600  # an unfinished file of another machine's is left alone so long
@@ -52,8 +55,9 @@ class ShardCache:
     What is there counts first, and nothing is ever removed: a smaller limit keeps no more, and frees nothing.
     """
 
-    def __init__(self, folder: Path, shards: Sequence[Shard], limit: int | None) -> None:
-        self.folder, self.shards, self.limit = folder, shards, limit
+    def __init__(self, folder: Path, shards: Sequence[Shard], limit: int | None, strict: bool = True) -> None:
+        """`strict`: a shard whose bytes are wrong is an error; else it is not kept, and goes on being read as it is."""
+        self.folder, self.shards, self.limit, self.strict = folder, shards, limit, strict
 
     def prepare(self) -> None:
         """Make the folder, and remove what killed processes left unfinished. AutodoError if it cannot be written."""
@@ -120,10 +124,11 @@ class ShardCache:
                 file.flush()
                 os.fsync(file.fileno())  # a power cut must not leave the name and the size without the bytes
             if digest.hexdigest() != shard.sha256:
-                raise AutodoError(
-                    f"data {source}: the bytes of {shard.name} are not those that were packed (checksum); "
-                    "copy it there again, or pack again"
-                )
+                wrong = f"data {source}: the bytes of {shard.name} are not those that were packed (checksum)"
+                if self.strict:
+                    raise AutodoError(f"{wrong}; copy it there again, or pack again")
+                log.warning("%s; it is not kept", wrong)
+                return
             os.utime(partial, (time.time(), _stamp(shard.sha256)))
             os.replace(partial, self.folder / shard.name)
             if not self.has(number):
@@ -143,8 +148,8 @@ class ShardCache:
             )
 
 
-# Below the usual limit of 1,024 open files. An evicted file closes when its last reader is done.
-@lru_cache(maxsize=256)
+# Half of the files that may be open. An evicted file closes when its last reader is done.
+@lru_cache(maxsize=min(4096, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2))
 def open_whole(path: Path, size: int | None = None, changed: int | None = None) -> BinaryIO:
     """A file for reading. FileNotFoundError where it has not the size or the modification time that it should have."""
     file = path.open("rb", buffering=0)

@@ -30,7 +30,7 @@ def read_labels(path: Path, manifest: Manifest, train: Ids) -> Labels:
     table = _read(path, ("key", "label"), ("id", "label"))
     place = table.column_names[0]
     known = manifest.keys if place == "key" else pa.array(np.arange(len(manifest))).cast(pa.string())
-    id_n = _places(path, table.column(place), known, f"sample of {manifest.root}")
+    id_n = _places(path, table.column(place), known, f"sample of {manifest.place}")
     label_n = _places(path, table.column("label"), pa.array(manifest.classes), _classes(manifest.classes))
     if len(twice := _repeated(id_n)):
         raise AutodoError(

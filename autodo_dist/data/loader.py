@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import threading
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -73,28 +74,31 @@ class Read:
 class Dropped:
     """Pictures that were left out because they do not decode: id -> why. One for all loaders of a rank.
 
-    With `most` 0 the first of them stops the run, else more than `most` do.
+    With `most` 0 the first of them stops the run, else more than `most` do, as `check` is told of them.
     """
 
     def __init__(self, manifest: Manifest, most: int) -> None:
         self.manifest, self.most = manifest, most
         self.why: dict[int, str] = {}
+        self._lock = threading.Lock()  # several loaders decode at once
 
     def add(self, faults: dict[int, str]) -> None:
-        """Note further pictures. AutodoError if they are too many."""
-        self.why = self.why | faults  # a new one, as others may be reading the old one
-        id_, why = next(iter(faults.items()))
-        picture = f"data {self.manifest.place}: picture {self.manifest.keys[id_]} (id {id_}) does not decode ({why}); "
+        """Note further pictures. AutodoError if there may be none."""
         if not self.most:
-            raise AutodoError(picture + "mend or remove it in the source and pack again, or set data.on_error=skip")
-        self.check(len(self.why), picture)
+            id_, why = next(iter(faults.items()))
+            raise AutodoError(
+                f"data {self.manifest.place}: picture {self.manifest.keys[id_]} (id {id_}) does not decode ({why}); "
+                "mend or remove it in the source and pack again, or set data.on_error=skip"
+            )
+        with self._lock:
+            self.why = self.why | faults  # a new one, as others may be reading the old one
 
-    def check(self, count: int, picture: str = "") -> None:
+    def check(self, count: int) -> None:
         """AutodoError if `count` pictures are too many to drop."""
         if count > self.most:
             raise AutodoError(
-                f"{picture or f'data {self.manifest.place}: '}{count} pictures do not decode, more than the "
-                f"{self.most} that data.most_dropped allows; pack again, or raise it"
+                f"data {self.manifest.place}: {count} pictures do not decode, more than the {self.most} that "
+                "data.most_dropped allows; pack again, or raise it"
             )
 
 
@@ -182,7 +186,7 @@ class Loader:
             if self.random_crop:  # BatchNorm cannot do with no picture
                 raise AutodoError(
                     f"data {self.shards.manifest.place}: rank {self.rank}'s whole part of a batch does not decode; "
-                    "pack again, or raise train.batch_size"
+                    "pack again, or start another run with a larger train.batch_size"
                 )
             return read, torch.empty(0, 3, self.crop.image_size, self.crop.image_size)
         try:

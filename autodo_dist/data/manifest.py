@@ -25,9 +25,10 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet
 
-from autodo_dist.data.remote import Remote, is_remote
+from autodo_dist.data.remote import Remote
 from autodo_dist.errors import AutodoError
 from autodo_dist.files import own_partial, sha256, write_json
+from autodo_dist.urls import is_remote
 
 FORMAT = 1
 DEFAULT_CACHE = Path(os.path.expanduser(os.environ.get("XDG_CACHE_HOME") or "~/.cache"), "autodo_dist")

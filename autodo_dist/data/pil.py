@@ -7,10 +7,17 @@ import struct
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 # What PIL's decoders answer broken bytes with.
 FAULTS = (OSError, ValueError, SyntaxError, struct.error, Image.DecompressionBombError)
+
+
+def reason(error: BaseException) -> str:
+    """Why a picture does not decode, in one line."""
+    if isinstance(error, UnidentifiedImageError):
+        return "no known picture format"
+    return " ".join(f"{error or type(error).__name__}".split())[:200]
 
 
 def decode(encoded: bytes) -> npt.NDArray[np.uint8]:
@@ -18,6 +25,9 @@ def decode(encoded: bytes) -> npt.NDArray[np.uint8]:
 
     One of `FAULTS` if it does not decode.
     """
+    with Image.open(io.BytesIO(encoded)) as image:
+        if image.format == "PNG":  # decoding does not look at the checksums of a PNG's data
+            image.verify()
     with Image.open(io.BytesIO(encoded)) as image:
         upright = ImageOps.exif_transpose(image)
     if upright.mode.startswith("I"):  # 16 bits: PIL's own conversion clips at 255

@@ -15,17 +15,16 @@ import errno
 import importlib
 import logging
 import os
-import re
 import time
 from collections.abc import Callable, Coroutine, Sequence
 from typing import Any
 from urllib.request import getproxies
 
 from autodo_dist.errors import AutodoError
+from autodo_dist.urls import PACKAGES
 
 log = logging.getLogger(__name__)
 
-PACKAGES = {"s3": "s3fs", "http": "aiohttp", "https": "aiohttp"}
 WAITS_S = (1.0, 3.0, 10.0, 30.0)  # before the second to the fifth try
 CONNECTIONS = 64  # at once and per rank; botocore's own 10 would hold up a batch of ranges
 STALL_S = 60  # without a byte, then the try has failed
@@ -36,22 +35,6 @@ _FINAL = {errno.EINVAL, errno.EPERM, errno.ENOSYS, errno.EREMCHG, errno.EMSGSIZE
 _PASSING = {"TimeoutError", "ConnectionError", "HTTPClientError", "ClientConnectionError", "ClientPayloadError"}
 
 Place = tuple[str, int, int]  # file, first byte, number of bytes
-
-
-def is_remote(root: str) -> bool:
-    """Whether `root` is a URL. AutodoError for a URL that cannot be a data set's."""
-    scheme, mark, rest = root.partition("://")
-    if not mark:
-        if re.match(r"(s3|https?):/", root):
-            raise AutodoError(f"data.root = {root}: write {root.split(':')[0]}:// with two slashes")
-        return False
-    if scheme not in PACKAGES:
-        raise AutodoError(f"data.root = {root}: unknown scheme {scheme}://; give a folder, s3://, http:// or https://")
-    if "@" in rest.split("/")[0]:
-        raise AutodoError(f"data.root = {scheme}://…: a password would be written into the run folder; use ~/.netrc")
-    if not rest.strip("/") or re.search(r"[?#]", rest):
-        raise AutodoError(f"data.root = {root}: give {scheme}://HOST/FOLDER (s3://BUCKET/FOLDER), without ? and #")
-    return True
 
 
 class Remote:

@@ -74,14 +74,20 @@ class Shards:
         return [np.frombuffer(found[index], np.uint8) for index in range(len(ids))]
 
     def keep(
-        self, folder: Path, limit: int | None, turn: Turn, gather: Callable[[Share], list[Share]] | None = None
+        self,
+        folder: Path,
+        limit: int | None,
+        turn: Turn,
+        gather: Callable[[Share], list[Share]] | None = None,
+        strict: bool = True,
     ) -> None:
         """Keep shards in a folder of this node, at most `limit` bytes (None: what its disk holds).
 
         With `gather` they are copied now, and every rank must call this (see `stage`); without, from now on in the
-        background. AutodoError if the folder cannot be written.
+        background. AutodoError if the folder cannot be written, or a shard's bytes are wrong; one that is not `strict`
+        goes on reading that shard from the source.
         """
-        self.cache = ShardCache(folder, self.manifest.shards, limit)
+        self.cache = ShardCache(folder, self.manifest.shards, limit, strict)
         self.cache.prepare()
         if gather is not None:
             stage(self.cache, self.source, turn, gather)

@@ -85,9 +85,9 @@ def read_split(path: Path, manifest: Manifest) -> Split:
             )
         if header["manifest"] != manifest.checksum:
             raise AutodoError(
-                f"split {path}: made for the manifest {header['manifest'][:12]}, and that of {manifest.root} is "
+                f"split {path}: made for the manifest {header['manifest'][:12]}, and that of {manifest.place} is "
                 f"{manifest.checksum[:12]}; set data.root to its data set, or make one with `autodo split "
-                f"{manifest.root} FILE`"
+                f"{manifest.place} FILE`"
             )
         return _decode(np.frombuffer(rows, row_type(len(manifest.classes))), manifest)
     except (ValueError, KeyError, TypeError) as error:

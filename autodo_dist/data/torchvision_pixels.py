@@ -74,14 +74,14 @@ class PilWindows:
         try:
             return list(self._threads.map(partial(_cut, pictures), range(len(pictures))))
         except pil.FAULTS as error:
-            raise DecodeError(" ".join(str(error).split())) from error
+            raise DecodeError(pil.reason(error)) from error
 
     def fault(self, encoded: Encoded) -> str | None:
         """See Pixels."""
         try:
             pil.decode(encoded.tobytes())
         except pil.FAULTS as error:
-            return " ".join(str(error).split())[:200]
+            return pil.reason(error)
         return None
 
 

@@ -40,11 +40,10 @@ def begun(out: Path, command: dict[str, Any]) -> Iterator[Path]:
     require_usable(out, command)
     out.mkdir(parents=True, exist_ok=True)
     with _alone(out):
+        require_usable(out, command)  # another pack may have ended meanwhile
         notes = out / FOLDER
-        if read_note(notes / "command.json") != command:  # none: whatever lies here was left by nobody
-            for path in out.iterdir():
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
-            notes.mkdir()
+        if not read_note(notes / "command.json"):
+            notes.mkdir(exist_ok=True)
             write_note(notes / "command.json", command)
         for partial in out.glob("*.partial"):
             partial.unlink()
@@ -62,7 +61,8 @@ def require_usable(out: Path, command: dict[str, Any]) -> None:
     before = read_note(out / FOLDER / "command.json")
     if "manifest.json" in found and before != command:  # else it was stopped after its last word: it only tidies up
         raise AutodoError(f"pack {out}: already holds a packed data set; choose another folder or delete it")
-    foreign = [name for name in found if not _OURS.fullmatch(name)]
+    # Without our note nothing is ours: webdataset's own tars have such names too.
+    foreign = [name for name in found if name != FOLDER and not (before and _OURS.fullmatch(name))]
     if foreign:
         raise AutodoError(f"pack {out}: holds other things ({foreign[0]!r}); choose an empty or a new folder")
     differing = [name for name in sorted(before.keys() | command.keys()) if before.get(name) != command.get(name)]
