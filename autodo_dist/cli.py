@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 from pydantic_core import PydanticUndefined
 
-from autodo_dist.commands import pack
+from autodo_dist.commands import checkpoint, pack
 from autodo_dist.commands.doctor import doctor
 from autodo_dist.commands.evaluate import evaluate
 from autodo_dist.commands.plan import plan
@@ -26,6 +26,7 @@ app = typer.Typer(
     help="AutoDO for large, biased and mislabelled image data: pack, split, plan, train, evaluate.",
 )
 app.add_typer(pack.app, name="pack")
+app.add_typer(checkpoint.app, name="checkpoint")
 app.command()(evaluate)
 app.command()(plan)
 app.command()(doctor)

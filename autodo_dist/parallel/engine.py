@@ -58,12 +58,19 @@ class DdpEngine:
             dist.broadcast(buffer, src=0)
 
     def state(self) -> dict[str, Any]:
-        """Model and optimizer by parameter name, whatever the engine."""
+        """Tensors of model and optimizer by parameter name, whatever the engine.
+
+        The optimizer's numbers (momentum, weight decay, …) are not among them: a run takes them from its settings.
+        """
         model, optimizer = dcp_state.get_state_dict(self.module, self.optimizer)
-        return {"model": model, "optimizer": optimizer}
+        return {"model": model, "optimizer": {"state": optimizer["state"]}}
 
     def restore(self, state: dict[str, Any]) -> None:
         """Take back what `state` gave, on any number of ranks."""
+        settings = dcp_state.get_optimizer_state_dict(self.module, self.optimizer)["param_groups"]
         dcp_state.set_state_dict(
-            self.module, self.optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"]
+            self.module,
+            self.optimizer,
+            model_state_dict=state["model"],
+            optim_state_dict=state["optimizer"] | {"param_groups": settings},
         )

@@ -1,0 +1,185 @@
+"""A checkpoint for other programs: the model as one safetensors file, what was learnt of each sample as parquet.
+
+    OUT.safetensors   names and shapes of torchvision's own state_dict, so load_state_dict takes it as it is. The model
+                      was trained with CELU in the place of every nn.ReLU: that must be swapped there, too.
+    OUT.parquet       id, key, given_label; as far as they are learnt per sample weight, gate.<operation> (probability),
+                      magnitude.<operation> (share of the range), soft_logit (all classes), suggested_label,
+                      suggested_probability; last_hyper_step. Its metadata `autodo` says the rest, as JSON.
+
+Rows are read, changed and written block by block, so the table may be larger than the memory.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torchvision import models as torchvision_models
+
+from autodo_dist import build, build_data, run_folder
+from autodo_dist.config import Config
+from autodo_dist.data.manifest import Manifest
+from autodo_dist.data.order import Ids
+from autodo_dist.data.split import Split
+from autodo_dist.errors import AutodoError
+from autodo_dist.hyperparameters import Layout
+from autodo_dist.method import losses
+from autodo_dist.parallel.checkpoint_rows import RowReader
+
+BLOCK = 1 << 24  # bytes of the table that are in memory together, beside their copies as columns
+
+
+def tables_beside(out: Path) -> Path:
+    """OUT.parquet of OUT.safetensors."""
+    return out.with_suffix(".parquet")
+
+
+def export(run: Path, reader: RowReader, out: Path, data: str | None) -> list[str]:
+    """Write both files, or neither; a line for each that says so. A run that learns nothing of its samples has one.
+
+    AutodoError if the checkpoint's tensors are not those of the run's settings and data set.
+    """
+    config = run_folder.read_config(run)
+    tensors = model_tensors(config, reader)
+    about = {
+        "format": "pt",  # what Hugging Face's readers ask for
+        "model": config.model.name,
+        "activation": "CELU in the place of ReLU",
+        "run": config.run.name,
+        "step": str(reader.header.step),
+    }
+    with whole_or_not(out) as partial:
+        save_file(tensors, partial, metadata=about)
+        line = f"{out}: {config.model.name} of step {reader.header.step}, {len(tensors)} tensors"
+        return [line, *export_rows(run, config, reader, tables_beside(out), data)]
+
+
+def model_tensors(config: Config, reader: RowReader) -> dict[str, torch.Tensor]:
+    """The model's tensors by the names that they have in its file."""
+    ours = {name.removeprefix("model."): name for name in reader.names if name.startswith("model.")}
+    names = torchvision_names(config.model.name, {name: reader.size(full) for name, full in ours.items()}, reader)
+    return {names[name]: reader.whole(full) for name, full in ours.items()}
+
+
+def torchvision_names(model: str, sizes: Mapping[str, torch.Size], reader: RowReader) -> dict[str, str]:
+    """Our names of a model's tensors -> torchvision's: `encoder.` goes, and `head.` becomes what is left over.
+
+    A model that is not torchvision's keeps our names. AutodoError if names or shapes are not those of the model.
+    """
+    if model not in torchvision_models.list_models(module=torchvision_models):
+        return {name: name for name in sizes}
+    with torch.device("meta"):
+        network = torchvision_models.get_model(model, num_classes=sizes.get("head.weight", torch.Size([1]))[0])
+    theirs = {name: value.shape for name, value in network.state_dict().items()}
+    encoder = {name: name.removeprefix("encoder.") for name in sizes if name.startswith("encoder.")}
+    left = theirs.keys() - encoder.values()
+    head = {f"head.{name.rpartition('.')[2]}": name for name in left}
+    names = encoder | head
+    if names.keys() != sizes.keys() or any(sizes[name] != theirs.get(other) for name, other in names.items()):
+        raise AutodoError(f"checkpoint {reader.path}: its tensors are not those of torchvision's {model} (config.yaml)")
+    return names
+
+
+def export_rows(run: Path, config: Config, reader: RowReader, out: Path, data: str | None) -> list[str]:
+    """Write what was learnt; a line that says so, or none for a run that learns nothing of its samples."""
+    if not config.learn.anything:
+        return []
+    manifest = build_data.read_data(config, data)
+    run_folder.check_same_data(run, manifest.place, manifest.checksum, config.data.split)
+    split = build_data.build_split(config, manifest)
+    layout = build.build_layout(config, len(manifest.classes))
+    if layout.width and reader.size("hyper.rows.value") != (len(split.train), layout.width):
+        raise AutodoError(
+            f"checkpoint {reader.path}: its rows are not those of config.yaml and the data set's train part"
+        )
+    with whole_or_not(out) as partial:
+        writer = None
+        for block in blocks(reader, layout, split, manifest):
+            if writer is None:
+                about = {"autodo": json.dumps(facts(config, reader, layout, manifest))}
+                schema = block.schema.with_metadata(about)
+                writer = pa.parquet.ParquetWriter(partial, schema, use_dictionary=["given_label", "suggested_label"])
+            writer.write_table(block)
+        assert writer is not None  # a run without train samples does not start
+        writer.close()
+    return [f"{out}: {len(split.train)} rows"]
+
+
+def facts(config: Config, reader: RowReader, layout: Layout, manifest: Manifest) -> dict[str, Any]:
+    """What the rows do not say themselves."""
+    found = {"run": config.run.name, "step": reader.header.step, "classes": list(manifest.classes)}
+    if layout.augment == "shared":
+        gates, magnitudes = reader.whole("hyper.shared.value").double().sigmoid().chunk(2)
+        pairs = zip(layout.operations, gates.tolist(), magnitudes.tolist(), strict=True)
+        found["shared"] = {name: {"probability": p, "magnitude": m} for name, p, m in pairs}
+    return found
+
+
+def blocks(reader: RowReader, layout: Layout, split: Split, manifest: Manifest) -> Iterator[pa.Table]:
+    """The rows as tables of about BLOCK bytes, in the order of ids."""
+    if not layout.width:
+        rows = range(0, len(split.train), BLOCK // 64)
+        bounds: Any = ((start, min(len(split.train), start + rows.step)) for start in rows)
+    else:
+        bounds = reader.blocks("hyper.rows.value", BLOCK)
+    for start, stop in bounds:
+        ids = split.train[start:stop]
+        columns = named(ids, split, manifest)
+        if layout.width:
+            values = reader.between("hyper.rows.value", start, stop)
+            touched = reader.between("hyper.rows.touched", start, stop)
+            columns |= learnt(values, layout, manifest) | {"last_hyper_step": touched.numpy()}
+        yield pa.table(columns)
+
+
+def named(ids: Ids, split: Split, manifest: Manifest) -> dict[str, Any]:
+    """Which samples these are."""
+    classes = pa.array(manifest.classes, pa.string())
+    return {
+        "id": ids,
+        "key": manifest.keys.take(pa.array(ids)),
+        "given_label": classes.take(pa.array(split.label_N[ids])),
+    }
+
+
+def learnt(values_nP: torch.Tensor, layout: Layout, manifest: Manifest) -> dict[str, Any]:
+    """What was learnt of each sample, as columns; see the module."""
+    wide = values_nP if values_nP.dtype == torch.float64 else values_nP.float()
+    groups, columns = layout.split(wide), {}
+    if "weight_logit" in groups:
+        columns["weight"] = losses.weight(groups["weight_logit"]).numpy()
+    for group, name in (("gate_logit", "gate"), ("magnitude_logit", "magnitude")):
+        if group in groups:
+            shares = groups[group].sigmoid().numpy()
+            columns |= {f"{name}.{it}": shares[:, k].copy() for k, it in enumerate(layout.operations)}
+    if "soft_logit" in groups:
+        logits_nC = groups["soft_logit"]
+        share, label = torch.softmax(logits_nC.double(), 1).max(1)
+        flat = pa.array(np.ascontiguousarray(logits_nC.numpy()).reshape(-1))
+        columns["soft_logit"] = pa.FixedSizeListArray.from_arrays(flat, layout.classes)
+        columns["suggested_label"] = pa.array(manifest.classes, pa.string()).take(pa.array(label.numpy()))
+        columns["suggested_probability"] = share.numpy()
+    return columns
+
+
+@contextmanager
+def whole_or_not(out: Path) -> Iterator[Path]:
+    """A file to write to, renamed to `out` at the end. AutodoError if the disk does not take it; nothing stays then."""
+    partial = out.with_name(out.name + ".partial")
+    try:
+        yield partial
+        os.replace(partial, out)
+    except (OSError, SafetensorError) as error:
+        raise AutodoError(f"export {out}: cannot be written ({error}); free space, then try again") from error
+    finally:
+        partial.unlink(missing_ok=True)
