@@ -40,6 +40,8 @@ FREE_AT_RESUME = (
     "data.on_error",
     "data.most_dropped",
     "train.log_every",
+    "train.on_nonfinite",
+    "train.most_rollbacks",
     "checkpoint",
     "launch",
     "hyper.most_bad_rows",
@@ -251,6 +253,14 @@ class Train(Section):
     threads: int = Field(1, ge=1, description="torch's CPU threads per rank (a resume is bit-exact at the same number)")
     log_every: int = Field(20, ge=1, description="steps between lines of metrics.jsonl")
     evaluate_every: int = Field(1, ge=1, description="epochs between evaluations; the last epoch is always evaluated")
+    on_nonfinite: Literal["stop", "rollback"] = Field(
+        "stop",
+        description="when the loss or the gradient of a batch is NaN or infinite. rollback: back to the newest "
+        "checkpoint, and on without that batch",
+    )
+    most_rollbacks: int = Field(
+        3, ge=0, description="on_nonfinite=rollback: batches that a run may leave out before it stops"
+    )
 
 
 class Learn(Section):

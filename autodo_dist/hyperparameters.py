@@ -119,6 +119,7 @@ class Hyperparameters:
         shared = torch.tensor([gate] * operations + [magnitude] * operations, dtype=dtype)
         self.shared = SharedRow(shared, self.ranks, rule)
         self.bad_rows = 0
+        self._last_bad: tuple[int, list[int]] = 0, []  # hyper step and ids
 
     def fetch(self, ids_B: torch.Tensor, next_ids_B: torch.Tensor | None = None) -> Rows:
         """The hyperparameters of this rank's batch. `next_ids_B`: those of the fetch that comes next, which then begins
@@ -137,11 +138,20 @@ class Hyperparameters:
             groups["gate_logit"], groups["magnitude_logit"] = self.shared.value_P.chunk(2)
         return Rows(**groups)
 
-    def _rest(self) -> None:
-        """Wait until the thread has nothing to do, so that the table and the group are this thread's to use."""
+    def rest(self) -> None:
+        """Wait until the thread has nothing to do, so that the table and the group are this thread's to use.
+
+        AutodoError on every rank if more than most_bad_rows were left out.
+        """
         self.queue.drain()
         if self._coming is not None:
             wait([self._coming[1]])
+        if self.bad_rows > self.most_bad_rows:
+            step, named = self._last_bad
+            raise AutodoError(
+                f"hyper step {step}: {self.bad_rows} row gradients were not finite, last of ids {named}; "
+                "lower hyper.lr or optim.lr, or raise hyper.most_bad_rows"
+            )
 
     def _fetch(self, ids_B: torch.Tensor) -> torch.Tensor:
         return self.table.fetch(ids_B) if self.layout.width else torch.empty(len(ids_B), 0, device=self.ranks.device)
@@ -149,8 +159,7 @@ class Hyperparameters:
     def apply_grads(self, ids_B: torch.Tensor, grads: Rows, *, lr: float, step: int) -> None:
         """One RMSprop step, number `step` counted from 1; it may still be going on when this returns.
 
-        A row whose gradient is not finite is left as it is, named in the log and counted; AutodoError at a later call
-        when more than most_bad_rows have been.
+        A row whose gradient is not finite is left as it is, named in the log and counted; see `rest`.
         """
         self.queue.push(lambda: self._apply_grads(ids_B, grads, lr, step))
 
@@ -173,15 +182,11 @@ class Hyperparameters:
         named = [id_ for part in self.ranks.gather(ids.tolist()) for id_ in part][:10]
         self.bad_rows += bad
         log.warning("hyper step %d: %d row gradients are not finite and left out, ids %s", step, bad, named)
-        if self.bad_rows > self.most_bad_rows:
-            raise AutodoError(
-                f"hyper step {step}: {self.bad_rows} row gradients were not finite, last of ids {named}; "
-                "lower hyper.lr or optim.lr, or raise hyper.most_bad_rows"
-            )
+        self._last_bad = step, named
 
     def facts(self) -> dict[str, float]:
         """Share of samples whose weight is below 1/2, and of those whose likeliest label is not the given one."""
-        self._rest()
+        self.rest()
         weight_n, label_n, _ = self._suggestions()
         given_n = torch.from_numpy(self.label_N[self.table.my_ids]).to(label_n)
         counts = torch.stack([(weight_n < 0.5).sum(), (label_n != given_n).sum()]).double().to(self.ranks.device)
@@ -190,7 +195,7 @@ class Hyperparameters:
 
     def table_of_labels(self) -> list[tuple[int, int, float, int, float]]:
         """On rank 0, for every train sample: id, given label, weight, suggested label and its probability."""
-        self._rest()
+        self.rest()
         mine = zip(self.table.my_ids.tolist(), *(column.tolist() for column in self._suggestions()), strict=True)
         rows = [row for part in self.ranks.gather(list(mine)) for row in part]
         return [(id_, int(self.label_N[id_]), weight, label, share) for id_, weight, label, share in rows]
@@ -212,7 +217,7 @@ class Hyperparameters:
 
     def state(self) -> dict[str, Any]:
         """Everything that a resume needs."""
-        self._rest()
+        self.rest()
         bad_rows, ids = torch.tensor(self.bad_rows), digest(self.table.ids)
         return {"rows": self.table.state(), "shared": self.shared.state(), "bad_rows": bad_rows, "ids": ids}
 

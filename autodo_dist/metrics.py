@@ -8,7 +8,7 @@ import resource
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -18,10 +18,14 @@ from rich.logging import RichHandler
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 T = TypeVar("T")
+log = logging.getLogger(__name__)
 
 
 class MetricsFile:
-    """metrics.jsonl, one JSON object a line. `lines` counts them, so that a resume can cut off what came after."""
+    """metrics.jsonl, one JSON object a line. `lines` counts them, so that a resume can cut off what came after.
+
+    What a full disk does not take is kept and written with a later line.
+    """
 
     def __init__(self, path: Path, keep: int) -> None:
         """Open for appending after the first `keep` lines; later ones belong to steps that will be done again."""
@@ -30,15 +34,20 @@ class MetricsFile:
         partial = path.with_suffix(".partial")
         partial.write_text("".join(kept))
         partial.replace(path)
-        self._file = path.open("a", buffering=1)
+        self._file, self._unwritten = path.open("ab", buffering=0), b""
 
     def write(self, row: dict[str, Any]) -> None:
         """Append a line."""
-        self._file.write(json.dumps(row, allow_nan=False) + "\n")
+        self._unwritten += json.dumps(row, allow_nan=False).encode() + b"\n"
         self.lines += 1
+        try:
+            while self._unwritten:
+                self._unwritten = self._unwritten[self._file.write(self._unwritten) :]
+        except OSError as error:
+            log.warning("%s: %s; the next line tries again", self._file.name, error.strerror)
 
     def close(self) -> None:
-        """Flush and close the file."""
+        """Close the file."""
         self._file.close()
 
 
@@ -65,9 +74,10 @@ class Clock:
         """Pass batches through, counting the wait for each to phase `data`."""
         while True:
             with self.phase("data"):
-                batch = next(batches, None)
-            if batch is None:
-                return
+                try:
+                    batch = next(batches)
+                except StopIteration:
+                    return
             yield batch
 
 
@@ -97,10 +107,19 @@ class Interval:
         return seconds.get("data", 0.0), seconds.get("task", 0.0) + seconds.get("hyper", 0.0)
 
 
+class LogFile(logging.FileHandler):
+    """A log file whose disk may be full: the run goes on, and its lines are on the terminal."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        """Do without a line that the disk does not take, and without the traceback that logging would print."""
+        if not isinstance(sys.exc_info()[1], OSError):
+            super().handleError(record)
+
+
 @contextmanager
 def console(log_file: Path, main: bool) -> Iterator[Console | None]:
     """Log to a file on every rank, and on rank 0 to standard output; gives the terminal, where rank 0 has one."""
-    file = logging.FileHandler(log_file)
+    file = LogFile(log_file)
     file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     handlers: list[logging.Handler] = [file]
     screen = Console() if main and sys.stdout.isatty() else None
@@ -115,7 +134,8 @@ def console(log_file: Path, main: bool) -> Iterator[Console | None]:
         yield screen
     finally:
         root.handlers = []
-        file.close()
+        with suppress(OSError):  # it writes what is left over
+            file.close()
 
 
 class ProgressBar:

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 import torch
 
-from autodo_dist import run_folder
+from autodo_dist import nonfinite, run_folder
 from autodo_dist.build import Parts
 from autodo_dist.config import FREE_AT_FORK, Config, differences
 from autodo_dist.errors import AutodoError
@@ -35,6 +35,7 @@ class Progress:
     last: dict[str, Any] = field(default_factory=dict)  # newest evaluation
     best: dict[str, Any] = field(default_factory=dict)  # the evaluation with the best validation accuracy
     best_test: float | None = None  # the best test accuracy of all evaluations
+    left_out: list[Any] = field(default_factory=list)  # global batches, each as [epoch, pass_, position]
 
 
 def tensors(parts: Parts) -> dict[str, Any]:
@@ -45,11 +46,26 @@ def tensors(parts: Parts) -> dict[str, Any]:
     return parts.engine.state() | {"hyper": hyper}
 
 
+def size(state: Any) -> int:
+    """Bytes of all tensors in a tree of dicts, each counted once and with the parts of all ranks."""
+    if isinstance(state, torch.Tensor):  # a sharded one counts the elements of all ranks
+        return state.numel() * state.element_size()
+    return sum(map(size, state.values())) if isinstance(state, dict) else 0
+
+
 def resume(config: Config, parts: Parts, ranks: Ranks) -> tuple[Progress, torch.Tensor]:
     """Take up the newest complete checkpoint, or else the one to fork from: progress and this rank's running sums.
 
-    Every rank must call this.
+    Batches that were left out since are left out again. Every rank must call this.
     """
+    progress, sums = take_up(config, parts, ranks)
+    since = ranks.from_main([fault.place for fault in nonfinite.recorded(config.folder)] if ranks.main else [])
+    progress.left_out += [list(place) for place in since if list(place) not in progress.left_out]
+    return progress, sums
+
+
+def take_up(config: Config, parts: Parts, ranks: Ranks) -> tuple[Progress, torch.Tensor]:
+    """`resume` by what the checkpoint alone says. Every rank must call this."""
     sums = torch.zeros(len(FIGURES), dtype=torch.float64, device=ranks.device)
     path = checkpoint.newest(config.folder / "checkpoints", ranks)
     if path is None:

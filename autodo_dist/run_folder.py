@@ -6,6 +6,8 @@ runs/NAME/
   metrics.jsonl       a line every train.log_every steps and every evaluation
   checkpoints/        see parallel/checkpoint.py
   logs/               plain lines, a file a rank
+  lock.1.json         while a run is under way: who holds the folder, see run_lock.py
+  nonfinite.jsonl     with train.on_nonfinite=rollback: batches that were left out, see nonfinite.py
   dropped.csv         with data.on_error=skip: pictures that do not decode
   labels.csv          what was learnt of each train sample: weight, suggested label, its probability
   summary.json        the result; a run that has it is finished

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -27,20 +27,28 @@ FIGURES = ("loss", "hits", "pictures", "cosine", "largest_eigenvalue", "hyper_st
 
 
 @dataclass(frozen=True)
+class Trained:
+    """What a task step tells: FIGURES, and each sample's loss l_i before its weight."""
+
+    figures: torch.Tensor
+    loss_B: torch.Tensor
+
+
+@dataclass(frozen=True)
 class Forward:
     """A train batch on its way through the model. loss: the rank's part of the global mean, times the ranks."""
 
     features_BD: torch.Tensor
     loss: torch.Tensor
-    figures: torch.Tensor
+    trained: Trained
 
 
-def task_step(parts: Parts, batch: Batch, done: int, ranks: Ranks) -> torch.Tensor:
-    """One step of SGD on (1/B) Σ w_i l_i, after `done` task steps. Gives FIGURES. Every rank must call this."""
+def task_step(parts: Parts, batch: Batch, done: int, ranks: Ranks) -> Trained:
+    """One step of SGD on (1/B) Σ w_i l_i, after `done` task steps. Every rank must call this."""
     rows = parts.hyper.parameters.fetch(batch.ids_B, batch.next_ids_B) if parts.hyper is not None else Rows()
     forward = train_forward(parts, batch, rows, done, ranks)
     parts.engine.step(forward.loss, parts.lr(done))
-    return forward.figures
+    return forward.trained
 
 
 def hyper_step(parts: Parts, hyper: Hyper, batch: Batch, lr: float, step: int, ranks: Ranks) -> torch.Tensor:
@@ -59,14 +67,12 @@ def hyper_step(parts: Parts, hyper: Hyper, batch: Batch, lr: float, step: int, r
     return figures_of(found)
 
 
-def shared_step(
-    parts: Parts, hyper: Hyper, batch: Batch, done: int, lr: float, step: int, ranks: Ranks
-) -> torch.Tensor:
+def shared_step(parts: Parts, hyper: Hyper, batch: Batch, done: int, lr: float, step: int, ranks: Ranks) -> Trained:
     """A task step and a hyper step from one forward, both from the state before the step.
 
     λ^A takes a backward through the activations more, or nothing in the Fisher form: its gradients are those of the
     task step's own backward, times a factor per sample. That is exact where a picture's loss depends on that picture
-    alone; with BatchNorm's batch statistics it is an approximation. Gives FIGURES. Every rank must call this.
+    alone; with BatchNorm's batch statistics it is an approximation. Every rank must call this.
     """
     rows, leaves = hyper.parameters.fetch(batch.ids_B, batch.next_ids_B).with_leaves(len(batch))
     forward = train_forward(parts, batch, rows, done, ranks)
@@ -80,7 +86,7 @@ def shared_step(
         factor_B1 = (found.factor_B * (parts.objective.batch_size / ranks.ranks))[:, None]
         gates = [factor_B1 * leaf.grad for leaf in leaves if leaf.grad is not None]
     hyper.parameters.apply_grads(batch.ids_B, found.rows(gates), lr=lr, step=step)
-    return forward.figures + figures_of(found)
+    return replace(forward.trained, figures=forward.trained.figures + figures_of(found))
 
 
 def renew_validation(parts: Parts, hyper: Hyper, validation: Batch, ranks: Ranks) -> None:
@@ -117,7 +123,8 @@ def train_forward(parts: Parts, batch: Batch, rows: Rows, done: int, ranks: Rank
     figures = torch.zeros(len(FIGURES), dtype=torch.float64, device=loss.device)
     figures[:3] = torch.stack([loss.detach().double(), hits.double(), hits.new_tensor(len(batch)).double()])
     # The engine takes the mean over ranks, whose parts of the batch may differ by one picture.
-    return Forward(features_BD, loss * ranks.ranks / parts.objective.batch_size, figures)
+    trained = Trained(figures, loss_B.detach())
+    return Forward(features_BD, loss * ranks.ranks / parts.objective.batch_size, trained)
 
 
 def dropout_seed(seed: int, done: int, rank: int) -> int:

@@ -13,6 +13,7 @@ import yaml
 from autodo_dist.config import Config, load_config
 from autodo_dist.errors import AutodoError
 from autodo_dist.files import write_text
+from autodo_dist.run_lock import refuse_if_held
 from launcher import local, slurm
 from launcher.job import Job
 
@@ -70,6 +71,7 @@ def start(config: Config, dry_run: bool) -> int:
     else:
         command = [sys.executable, "-u", "-m", "launcher.job", str(file)]
         if not dry_run:
+            refuse_if_held(config.folder)
             _write(config, file)
             print(f"{shape}; run folder {config.folder}, other ranks' output in {config.folder / 'logs'}", flush=True)
             return local.launch(command, config.folder, launch.nodes, launch.ranks_per_node)

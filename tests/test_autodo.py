@@ -87,7 +87,7 @@ def pass_states(tree: dict[str, Any], steps: int) -> dict[str, torch.Tensor]:
                 task_step(parts, batch, step, ranks)
             else:
                 renew_validation(parts, hyper, next(validations), ranks)
-                figures.append(shared_step(parts, hyper, batch, step, 0.05, step + 1, ranks))
+                figures.append(shared_step(parts, hyper, batch, step, 0.05, step + 1, ranks).figures)
                 rows.append(all_rows(hyper, ranks))
         return {
             "rows": torch.stack(rows),

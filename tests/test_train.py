@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import collections
 import json
+import re
 import resource
 import shutil
 import signal
 import subprocess
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -16,12 +19,16 @@ import yaml
 from ranks import RankError, RankPool
 from torch.distributed.checkpoint.state_dict_loader import _load_state_dict_from_keys
 
+from autodo_dist.build import build
 from autodo_dist.commands.evaluate import evaluate, evaluate_checkpoint
 from autodo_dist.config import Config, check_config
+from autodo_dist.data.manifest import read_manifest
 from autodo_dist.errors import AutodoError
-from autodo_dist.parallel import checkpoint
-from autodo_dist.train import train
+from autodo_dist.parallel import checkpoint, comm
+from autodo_dist.progress import size, tensors
+from autodo_dist.train import BESIDE, train
 
+Usage = collections.namedtuple("Usage", "total used free")  # shutil.disk_usage's
 TIMES = ("seconds", "images_per_second", "data_wait_share", "peak_memory_bytes")
 
 
@@ -292,26 +299,97 @@ def test_config_round_trip(digits: Path, tmp_path: Path) -> None:
     assert check_config(yaml.safe_load(config.to_yaml()), "again") == config
 
 
-def test_a_full_disk_while_saving_is_one_line_and_loses_nothing(
-    run: dict[str, Any],
-) -> None:
-    """The limit on file sizes makes the kernel refuse the write, as a full disk does."""
-    folder = folder_of(run)
-    expected = weights(folder, 12)
-    cut_back(folder, 5)
+def run_on_small_disk(tree: dict[str, Any], from_step: int, to_step: int) -> None:
+    """Train while no file may grow beyond 200 kB in the saves of these steps: the kernel refuses the write."""
+    save = checkpoint.save
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, hard))
+
+    def limited(root: Path, step: int, *rest: Any) -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (200_000 if from_step <= step <= to_step else soft, hard))
+        try:
+            save(root, step, *rest)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
     try:
-        with pytest.raises(AutodoError, match=r"step-00000006: cannot be written \(.*\); free space"):
-            run_train(run)
+        with patch.object(checkpoint, "save", limited):
+            run_train(tree)
     finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
         signal.signal(signal.SIGXFSZ, handler)
+
+
+def log_of(folder: Path) -> str:
+    return (folder / "logs" / "rank-00000.log").read_text()
+
+
+@pytest.mark.parametrize("ranks", [1, 3])
+def test_a_run_goes_on_while_the_disk_is_full(pool: RankPool, digits: Path, tmp_path: Path, ranks: int) -> None:
+    """Two saves fail, with the numbers; the one before is kept, the ones after succeed, and nothing else changes."""
+    plain = pool.run(ranks, run_train, settings(digits, tmp_path / "plain"))[0]
+    tree = settings(digits, tmp_path / "full")
+    pool.run(ranks, run_on_small_disk, tree, 6, 10)
+    folder = tmp_path / "full" / "run"
+    assert_equal_states(weights(folder, 12), weights(plain, 12))
+    assert lines(folder) == lines(plain)
+    saved = [checkpoint.step_of(path) for path in checkpoint.complete(folder / "checkpoints")]
+    assert saved == [5, 12]
+    assert not list((folder / "checkpoints").glob("*.partial"))
+    log = log_of(folder)
+    for step in (6, 10):
+        assert re.search(
+            rf"WARNING checkpoint .*/step-{step:08d}: cannot be written \(.*\); it takes 1,939,792 bytes, "
+            r"[\d,]+ are free; the run goes on and tries again at the next save; kept: step-00000005",
+            log,
+        )
+    assert log.count("cannot be written") == 2
+
+
+@pytest.mark.parametrize("ranks", [1, 3])
+def test_the_last_save_must_succeed(pool: RankPool, digits: Path, tmp_path: Path, ranks: int) -> None:
+    tree = settings(digits, tmp_path, checkpoint__keep=1)
+    with pytest.raises(RankError, match=r"step-00000012: cannot be written \(.*\); it takes .* free; free space or"):
+        pool.run(ranks, run_on_small_disk, tree, 10, 12)
+    folder = tmp_path / "run"
+    assert [checkpoint.step_of(path) for path in checkpoint.complete(folder / "checkpoints")] == [6]
+    assert not (folder / "summary.json").exists()
+    pool.run(ranks, run_train, tree)
+    assert "resumed at step 6" in log_of(folder)
+    assert (folder / "summary.json").is_file()
+
+
+def sizes(tree: dict[str, Any]) -> tuple[int, int]:
+    """Bytes of a checkpoint's tensors by `size`, and of its files."""
+    config = check_config(tree, "test")
+    with comm.process_group(comm.place(), torch.device("cpu")) as ranks:
+        state = tensors(build(config, read_manifest(config.data.root), ranks))
+        checkpoint.save(config.folder, 1, state, {}, ranks)
+        return size(state), sum(path.stat().st_size for path in config.folder.rglob("*") if path.is_file())
+
+
+def test_size_counts_every_tensor_once(pool: RankPool, digits: Path, tmp_path: Path) -> None:
+    """The model on all ranks, and the parts that each has of the tables."""
+    learn = {"augment": "per_sample", "weight": True, "soft_label": True}
+    tree = settings(digits, tmp_path) | {"learn": learn, "hyper": {"start_epoch": 1}}
+    ((one, files),) = pool.run(1, sizes, tree)
+    three = pool.run(3, sizes, tree)
+    assert [found for found, _ in three] == [one] * 3
+    assert one < files < one * 1.01 + BESIDE
+    assert one < three[0][1] < one * 1.01 + BESIDE
+
+
+def test_a_save_that_cannot_fit_is_not_begun(digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file system that does not know its size says 0."""
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: Usage(total=10**9, used=0, free=2_900_000))
+    monkeypatch.setattr(checkpoint, "save", lambda *_: pytest.fail("was begun"))
+    with pytest.raises(AutodoError, match=r"step-00000012: .* \(the disk is too full\); .* 2,900,000 are free; free"):
+        run_train(settings(digits, tmp_path))
     torch.distributed.destroy_process_group()
-    assert [checkpoint.step_of(path) for path in checkpoint.complete(folder / "checkpoints")] == [5]
-    run_train(run)
-    assert_equal_states(weights(folder, 12), expected)
+    assert log_of(tmp_path / "run").count("kept: none") == 3
+    monkeypatch.undo()
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: Usage(total=0, used=0, free=0))
+    folder = run_train(settings(digits, tmp_path))
+    assert len(checkpoint.complete(folder / "checkpoints")) == 4
 
 
 def test_broken_checkpoints_do_not_push_out_good_ones(digits: Path, tmp_path: Path) -> None:
@@ -338,7 +416,7 @@ def test_a_copy_beside_the_checkpoints_is_left_alone(run: dict[str, Any]) -> Non
 
 
 def test_a_diverged_run_stops(digits: Path, tmp_path: Path) -> None:
-    with pytest.raises(AutodoError, match=r"the loss is nan; lower optim\.lr"):
+    with pytest.raises(AutodoError, match=r"step \d+: the .* not finite.*; lower optim\.lr .* or set train\.on_nonfi"):
         run_train(settings(digits, tmp_path, optim__lr=1e30, train__log_every=1))
 
 

@@ -1,0 +1,122 @@
+"""What a run writes down on its way: lines of metrics, evaluations, dropped pictures, the summary."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+from autodo_dist import run_folder
+from autodo_dist.evaluate import evaluate
+from autodo_dist.files import write_json
+from autodo_dist.metrics import Interval, peak_memory
+from autodo_dist.run import Run
+from autodo_dist.steps import FIGURES
+
+log = logging.getLogger(__name__)
+
+
+def write_line(run: Run, interval: Interval, last: bool) -> None:
+    """Add a line of metrics about the steps since the last one; `last` in its pass. Every rank must call this.
+
+    AutodoError if too many pictures were dropped or row gradients not finite.
+    """
+    progress, parts = run.progress, run.parts
+    sums = dict(zip(FIGURES, run.ranks.sum(run.sums).tolist(), strict=True))
+    run.sums.zero_()
+    note_dropped(run)
+    if parts.hyper is not None:
+        parts.hyper.parameters.rest()  # raises if too many rows had bad gradients
+    seconds, wait = interval.read()
+    waits, memories = zip(*run.ranks.gather((wait, peak_memory(run.ranks.device))), strict=True)
+    row: dict[str, Any] = {"kind": progress.pass_, "step": progress.step}
+    row["epoch"] = run.steps_done / parts.loaders.task.steps
+    if sums["pictures"]:
+        row |= {name: sums[key] / sums["pictures"] for name, key in (("loss", "loss"), ("accuracy", "hits"))}
+        row["lr"] = parts.lr(run.steps_done - 1)
+    if sums["hyper_steps"] and parts.hyper is not None:
+        row["cosine"] = sums["cosine"] / sums["hyper_steps"]
+        if parts.hyper.solve.solver == "neumann":
+            row["largest_eigenvalue"] = sums["largest_eigenvalue"] / sums["hyper_steps"]
+        row["hyper_lr"] = parts.hyper.lr(run.steps_done - 1)
+        row |= parts.hyper.parameters.facts() if last else {}
+    row |= {
+        "seconds": seconds,
+        "images_per_second": interval.steps * parts.loaders.task.batch_size / seconds,
+        "data_wait_share": max(waits),
+        "peak_memory_bytes": max(memories),
+    }
+    if run.metrics is not None:
+        run.metrics.write(row)
+        name = "loss" if progress.pass_ == "task" else "cosine"
+        value = f"{name} {row[name]:.4f}" if name in row else "left out"
+        log.info("%s step %d: %s, %.0f images/s", progress.pass_, progress.step, value, row["images_per_second"])
+
+
+def evaluate_parts(run: Run) -> None:
+    """Evaluate on validation and test; note it in metrics and progress. Every rank must call this."""
+    progress, parts = run.progress, run.parts
+    row: dict[str, Any] = {"kind": "evaluation", "step": progress.step, "epoch": progress.epoch}
+    with run.clock.phase("evaluation"):
+        parts.engine.share_buffers()
+        for name, loader in (("validation", parts.loaders.validation), ("test", parts.loaders.test)):
+            found = evaluate(parts.model, loader, parts.manifest.classes, parts.dtype, run.ranks)
+            row |= {f"{name}_{key}": value for key, value in found.items()}
+    note_dropped(run)
+    progress.last = row
+    validation = row["validation_accuracy"]
+    if validation is not None and validation > progress.best.get("validation_accuracy", -1.0):
+        progress.best = row
+    if row["test_accuracy"] is not None:
+        progress.best_test = max(row["test_accuracy"], progress.best_test or 0.0)
+    if run.metrics is not None:
+        run.metrics.write(row)
+        log.info(
+            "epoch %d of %d: accuracy on validation %s, on test %s",
+            progress.epoch,
+            run.config.train.epochs,
+            percent(validation),
+            percent(row["test_accuracy"]),
+        )
+
+
+def note_dropped(run: Run) -> None:
+    """List the pictures that any rank dropped in the run folder. Every rank must call this.
+
+    AutodoError if they are more than may be, those of earlier starts among them.
+    """
+    dropped = run.parts.loaders.dropped
+    found = {id_: why for part in run.ranks.gather(dropped.why) for id_, why in part.items()}
+    count = run_folder.write_dropped(run.config.folder, found, run.parts.manifest) if run.ranks.main else 0
+    dropped.check(run.ranks.from_main(count))
+
+
+def summarise(run: Run) -> None:
+    """Write labels.csv and summary.json; with it the run is finished. Every rank must call this."""
+    last, best = run.progress.last, run.progress.best
+    hyper = run.parts.hyper
+    labels = hyper.parameters.table_of_labels() if hyper is not None else []
+    if not run.ranks.main:
+        return
+    if hyper is not None:
+        run_folder.write_labels(run.config.folder, labels, run.parts.manifest)
+    summary: dict[str, Any] = {
+        "test_accuracy_final": last["test_accuracy"],
+        "test_pictures": last["test_pictures"],
+        "test_accuracy_selected": best.get("test_accuracy"),
+        "selected_epoch": best.get("epoch"),
+        "test_accuracy_per_class": last["test_accuracy_per_class"],
+        "validation_accuracy_final": last["validation_accuracy"],
+        "epochs": run.progress.epoch,
+        "steps": run.progress.step,
+        "seconds_total": sum(run.clock.seconds.values()),
+        "seconds": run.clock.seconds,
+    }
+    if run.config.compat is not None:  # chosen by the test part itself, as the original code's tables are
+        summary["test_accuracy_best_epoch"] = run.progress.best_test
+    write_json(run.config.folder / "summary.json", summary)
+    log.info("finished: test accuracy %s; see %s", percent(last["test_accuracy"]), run.config.folder)
+
+
+def percent(share: float | None) -> str:
+    """A share as the log shows it."""
+    return "unknown (no pictures)" if share is None else f"{100 * share:.2f} %"

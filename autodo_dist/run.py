@@ -1,0 +1,45 @@
+"""A run under way: what its loop, its saves and its records have in common."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from autodo_dist.build import Parts
+from autodo_dist.config import Config
+from autodo_dist.data.loader import Batch
+from autodo_dist.metrics import Clock, MetricsFile, ProgressBar
+from autodo_dist.nonfinite import Watch
+from autodo_dist.parallel.comm import Ranks
+from autodo_dist.progress import Progress
+from autodo_dist.run_lock import Lock
+from autodo_dist.steps import Trained
+
+
+@dataclass
+class Run:
+    """A run under way on this rank. `sums` are those of steps.FIGURES since the last line of metrics."""
+
+    config: Config
+    ranks: Ranks
+    parts: Parts
+    progress: Progress
+    sums: torch.Tensor
+    clock: Clock
+    metrics: MetricsFile | None  # rank 0's
+    bar: ProgressBar
+    watch: Watch
+    lock: Lock
+
+    @property
+    def steps_done(self) -> int:
+        """The schedule's time: steps up to here of one pass an epoch, whether all were made or not."""
+        return self.progress.epoch * self.parts.loaders.task.steps + self.progress.position
+
+    def note(self, batch: Batch, trained: Trained) -> None:
+        """Add a step that was just made on `batch` to the sums, and have it watched."""
+        progress = self.progress
+        self.sums += trained.figures
+        place = progress.epoch, progress.pass_, progress.position
+        self.watch.note(progress.step + 1, place, batch.ids_B, trained)
