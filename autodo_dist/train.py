@@ -231,7 +231,6 @@ def save(run: Run) -> None:
                 checkpoint.save(root, progress.step, state, asdict(progress), ranks)
             except AutodoError as error:
                 fault = checkpoint.reason(error.__cause__ or error)
-        fault = next(filter(None, ranks.gather(fault)), "")
         if not fault:
             checkpoint.prune(root, run.config.checkpoint.keep, progress.best.get("step"), ranks)
     if fault:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import builtins
 import contextlib
+import errno
 import hashlib
 import io
 import os
@@ -14,8 +15,10 @@ import struct
 import time
 import zipfile
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -525,6 +528,34 @@ def test_impossible_places_are_refused(path: Path, place: tuple[Any, Any], words
 
     changed(path, move)
     assert_refused(path, words)
+
+
+def save_where_one_rank_fails(root: Path, which: str) -> str:
+    """A save in which only one rank's disk gives an error; what it says on this one."""
+    with comm.process_group(comm.place(), torch.device("cpu"), timedelta(seconds=60)) as ranks:
+        state = {"weight": torch.ones(3)}
+        full = OSError(errno.EDQUOT, "Disk quota exceeded")
+        failing = {
+            "begin": patch.object(Path, "mkdir", side_effect=full if ranks.main else None),
+            "facts": patch.object(checkpoint, "sha256", side_effect=full if not ranks.main else sha256),
+            "finish": patch.object(checkpoint, "write_json", side_effect=full),
+        }
+        with failing[which], pytest.raises(AutodoError) as caught:
+            checkpoint.save(root, 1, state, {}, ranks)
+        assert checkpoint.complete(root) == []
+        checkpoint.save(root, 2, state, {}, ranks)
+        return str(caught.value)
+
+
+@pytest.mark.parametrize("which", ["begin", "facts", "finish"])
+def test_a_save_fails_on_every_rank_or_on_none(pool: RankPool, tmp_path: Path, which: str) -> None:
+    """Where one rank alone meets the error, the others do not wait for it."""
+    start = time.monotonic()
+    said = pool.run(3, save_where_one_rank_fails, tmp_path / which, which)
+    assert time.monotonic() - start < 50
+    assert len(set(said)) == 1
+    assert "step-00000001: cannot be written ([Errno 122] Disk quota exceeded); free space or mend the disk" in said[0]
+    assert [path.name for path in checkpoint.complete(tmp_path / which)] == ["step-00000002"]
 
 
 def test_a_name_that_would_write_to_the_terminal_is_refused(path: Path) -> None:

@@ -15,7 +15,7 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +36,8 @@ log = logging.getLogger(__name__)
 def save(root: Path, step: int, state: dict[str, Any], progress: dict[str, Any], ranks: Ranks) -> None:
     """Save tensors `state` and JSON `progress` as checkpoint `step`. Every rank must call this.
 
-    AutodoError if the disk does not take it; TypeError for a leaf of `state` that is no tensor, which DCP would pickle.
+    AutodoError, on every rank alike, if the disk does not take it; TypeError for a leaf of `state` that is no tensor,
+    which DCP would pickle.
     """
     for name, leaf in leaves(state):
         if not isinstance(leaf, torch.Tensor):
@@ -61,22 +62,47 @@ def leaves(state: Any, name: str = "") -> Iterator[tuple[str, Any]]:
 
 def _write(final: Path, step: int, state: dict[str, Any], progress: dict[str, Any], ranks: Ranks) -> None:
     partial = final.with_suffix(".partial")
-    if ranks.main:
+
+    def begin() -> None:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
-    ranks.barrier()
-    dcp.save(state, checkpoint_id=partial)
-    mine = [path for path in partial.iterdir() if path.name.startswith(f"__{ranks.rank}_")]
-    if ranks.main:
-        mine.append(partial / ".metadata")
-    written = ranks.gather({path.name: {"size": path.stat().st_size, "sha256": sha256(path)} for path in mine})
-    if ranks.main:
+
+    def finish() -> None:
         files = {name: facts for part in written for name, facts in part.items()}
         header = {"format": FORMAT, "step": step, "progress": progress, "files": files}
         write_json(partial / "checkpoint.json", header)
         shutil.rmtree(final, ignore_errors=True)
         os.replace(partial, final)
-    ranks.barrier()
+
+    _together(begin if ranks.main else None, ranks)
+    dcp.save(state, checkpoint_id=partial)
+    written = _together(lambda: _facts(partial, ranks), ranks)
+    _together(finish if ranks.main else None, ranks)
+
+
+def _facts(partial: Path, ranks: Ranks) -> dict[str, Any]:
+    """Size and SHA-256 of the files that this rank wrote."""
+    mine = [path for path in partial.iterdir() if path.name.startswith(f"__{ranks.rank}_")]
+    if ranks.main:
+        mine.append(partial / ".metadata")
+    return {path.name: {"size": path.stat().st_size, "sha256": sha256(path)} for path in mine}
+
+
+def _together(work: Callable[[], Any] | None, ranks: Ranks) -> list[Any]:
+    """What each rank's `work` gives; the OSError that one meets is raised on all, so that none waits for it.
+
+    Every rank must call this, those with nothing to do as well.
+    """
+    answer = None
+    try:
+        answer = work() if work is not None else None
+    except OSError as error:
+        answer = error
+    answers = ranks.gather(answer)
+    for found in answers:
+        if isinstance(found, OSError):
+            raise found
+    return answers
 
 
 def restore(path: Path, state: dict[str, Any], ranks: Ranks) -> dict[str, Any]:
