@@ -85,6 +85,8 @@ def note_dropped(run: Run) -> None:
     AutodoError if they are more than may be, those of earlier starts among them.
     """
     dropped = run.parts.loaders.dropped
+    if not dropped.most:  # the first one ends the run
+        return
     found = {id_: why for part in run.ranks.gather(dropped.why) for id_, why in part.items()}
     count = run_folder.write_dropped(run.config.folder, found, run.parts.manifest) if run.ranks.main else 0
     dropped.check(run.ranks.from_main(count))

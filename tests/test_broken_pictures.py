@@ -183,3 +183,17 @@ def test_a_run_with_dropped_pictures_learns_the_same_on_any_ranks(
     assert_equal_states(weights(folders[3], last), expected)
     assert lines(folders[3]) == metrics
     assert listed(folders[3]) == sorted(ids)
+
+
+def test_a_run_that_no_longer_skips_goes_on_until_the_first_one(
+    pool: RankPool, broken: tuple[Manifest, list[int]], tmp_path: Path
+) -> None:
+    """The list of what was dropped before is no fault of its own."""
+    tree = settings(broken[0].root, tmp_path, data__on_error="skip", data__most_dropped=0.01, data__imbalance_ratio=1)
+    folder = pool.run(2, run_train, tree)[0]
+    assert listed(folder)
+    cut_back(folder, 5)
+    tree["data"] |= {"on_error": "stop", "most_dropped": 0.001}
+    with pytest.raises(RankError, match=r"picture .* does not decode .* or set data\.on_error=skip"):
+        pool.run(2, run_train, tree)
+    assert listed(folder)
