@@ -72,10 +72,10 @@ def build_split(config: Config, manifest: Manifest) -> Split:
 def check_split(config: Config, manifest: Manifest, split: Split) -> None:
     """Refuse a split that leaves a class without train pictures or, where something is learnt, without clean ones."""
     if missing := lacking(manifest, split.train):
-        raise AutodoError(
-            f"data.validation_fraction = {config.data.validation_fraction}: leaves class {missing} without a train "
-            "picture; lower it, or leave out the class"
-        )
+        what = f"data.validation_fraction = {config.data.validation_fraction}"
+        if config.data.split is not None:
+            what = f"data.split = {config.data.split}"
+        raise AutodoError(f"{what}: leaves class {missing} without a train picture; lower it, or leave out the class")
     if config.learn.anything and (missing := lacking(manifest, split.validation)):
         raise AutodoError(
             f"validation part: no picture of class {missing}; learning needs clean ones of every class: "

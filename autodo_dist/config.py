@@ -21,6 +21,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationIn
 from pydantic.fields import FieldInfo
 
 from autodo_dist.errors import AutodoError
+from autodo_dist.operations import Operation
 from autodo_dist.urls import is_remote
 
 # A run may be resumed with another value of these: they say where it runs and what it writes, not what it computes.
@@ -54,23 +55,6 @@ Share = Annotated[float, Field(gt=0, le=1)]
 Positive = Annotated[float, Field(gt=0)]
 Probability = Annotated[float, Field(ge=0, le=1, strict=True)]
 
-Operation = Literal[
-    "identity",
-    "shear_x",
-    "shear_y",
-    "translate_x",
-    "translate_y",
-    "rotate",
-    "brightness",
-    "color",
-    "contrast",
-    "sharpness",
-    "posterize",
-    "solarize",
-    "auto_contrast",
-    "equalize",
-    "invert",
-]
 Level = Annotated[float, Field(ge=0, le=9, strict=True)]
 SubPolicy = Annotated[tuple[tuple[Operation, Probability, Level | None], ...], Field(min_length=1)]
 

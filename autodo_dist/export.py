@@ -12,7 +12,6 @@ Rows are read, changed and written block by block, so the table may be larger th
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -32,6 +31,7 @@ from autodo_dist.data.manifest import Manifest
 from autodo_dist.data.order import Ids
 from autodo_dist.data.split import Split
 from autodo_dist.errors import AutodoError
+from autodo_dist.files import whole
 from autodo_dist.hyperparameters import Layout
 from autodo_dist.method import losses
 from autodo_dist.parallel.checkpoint_rows import RowReader
@@ -175,11 +175,8 @@ def learnt(values_nP: torch.Tensor, layout: Layout, manifest: Manifest) -> dict[
 @contextmanager
 def whole_or_not(out: Path) -> Iterator[Path]:
     """A file to write to, renamed to `out` at the end. AutodoError if the disk does not take it; nothing stays then."""
-    partial = out.with_name(out.name + ".partial")
     try:
-        yield partial
-        os.replace(partial, out)
+        with whole(out) as partial:
+            yield partial
     except (OSError, SafetensorError) as error:
         raise AutodoError(f"export {out}: cannot be written ({error}); free space, then try again") from error
-    finally:
-        partial.unlink(missing_ok=True)

@@ -7,6 +7,8 @@ import json
 import os
 import socket
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -27,11 +29,25 @@ def own_partial(path: Path) -> Path:
     return path.with_name(f"{path.name}~{socket.gethostname()}~{os.getpid()}~{threading.get_ident()}.partial")
 
 
+@contextmanager
+def whole(path: Path, partial: Path | None = None) -> Iterator[Path]:
+    """Where to write a file that is renamed to `path` at the end; where the block raises, nothing stays.
+
+    By default that is `path`.partial, for a single writer; others may be writing too: `own_partial`.
+    """
+    partial = path.with_name(path.name + ".partial") if partial is None else partial
+    try:
+        yield partial
+        os.replace(partial, path)
+    finally:
+        with suppress(OSError):
+            partial.unlink(missing_ok=True)
+
+
 def write_text(path: Path, text: str) -> None:
     """Write a text file, whole or not at all."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)
+    with whole(path) as partial:
+        partial.write_text(text, encoding="utf-8")
 
 
 def write_json(path: Path, value: dict[str, Any]) -> None:

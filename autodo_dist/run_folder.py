@@ -34,7 +34,7 @@ from autodo_dist.config import Config, check_config, differences
 from autodo_dist.data import split_file
 from autodo_dist.data.manifest import Manifest
 from autodo_dist.errors import AutodoError
-from autodo_dist.files import read_json, write_json, write_text
+from autodo_dist.files import read_json, whole, write_json, write_text
 
 log = logging.getLogger(__name__)
 PACKAGES = ("torch", "torchvision", "nvidia-dali-cuda130", "deepspeed", "submitit", "webdataset", "numpy")
@@ -119,14 +119,12 @@ def describe(config: Config, data_checksum: str, hosts: list[str], main: bool) -
 
 def write_labels(folder: Path, rows: list[tuple[int, int, float, int, float]], manifest: Manifest) -> None:
     """Write labels.csv from rows of (id, given label, weight, suggested label, its probability)."""
-    partial = folder / "labels.csv.partial"
-    with partial.open("w", newline="", encoding="utf-8") as file:
+    with whole(folder / "labels.csv") as partial, partial.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(["id", "key", "given_label", "weight", "suggested_label", "suggested_probability"])
         for id_, given, weight, suggested, probability in rows:
             names = manifest.classes[given], manifest.classes[suggested]
             writer.writerow([id_, manifest.keys[id_], names[0], f"{weight:.6g}", names[1], f"{probability:.6g}"])
-    os.replace(partial, folder / "labels.csv")
 
 
 def write_dropped(folder: Path, why: dict[int, str], manifest: Manifest) -> int:

@@ -7,6 +7,7 @@ with as many threads or worker processes as there are cores. The limit is DALI r
     speed    pictures a second of wall time, ways alternating in rounds; what is queued as a round begins is dropped
     restore  a loader of 1,281,167 rows, made and asked for a batch of the beginning, the middle and the end of an epoch
     start    a process that builds all loaders of a rank on as many rows and goes through its passes: time and memory
+    parts    processor time of decoding and resizing a picture, by DALI, PIL and torchvision
     warp     the learnt warp and normalising, beside it
 """
 
@@ -35,17 +36,22 @@ import torch
 import typer
 from nvidia.dali import fn, pipeline_def, types
 from PIL import Image
+from torchvision.transforms.v2 import functional as F
 
 from autodo_dist import build_data
 from autodo_dist.config import check_config
+from autodo_dist.data import pil
+from autodo_dist.data.decode import Pipeline
 from autodo_dist.data.folder import folder_sources
 from autodo_dist.data.loader import Loader
 from autodo_dist.data.manifest import read_manifest, write_manifest
 from autodo_dist.data.pack import pack
+from autodo_dist.data.shards import Shards
 from autodo_dist.method import warp
 from autodo_dist.parallel.comm import Ranks
-from benchmarks.hyper_step import CPU, Figure, figure, resident, table
+from benchmarks.hyper_step import CPU, Figure, figure, interleaved, resident, table
 from benchmarks.results import between_marks
+from benchmarks.row_table import at_least
 from benchmarks.runs import write_rows
 
 IMAGENET, CLASSES = 1_281_167, 10
@@ -74,7 +80,8 @@ def main(
         size = make_pictures(root, pictures)
         rows = [figure("size of a picture", size / 1000, "kB"), *speed(root, rounds, batches)]
         make_imagenet(root)
-        rows += [*restoring(root / "imagenet"), *starting(root / "imagenet"), *warping(rounds)]
+        rows += [*restoring(root / "imagenet"), *starting(root / "imagenet")]
+        rows += [*parts_of_it(root / "packed", rounds), *warping(rounds)]
     load = os.getloadavg()[0]
     command = shlex.join(["python", "-m", "benchmarks.loader", *sys.argv[1:]])
     machine = f"{platform.platform()}, {CORES} cores, load {load:.1f}, torch {torch.__version__}"
@@ -198,11 +205,6 @@ def settle(most: float = 10.0) -> None:
         if now - before < 0.02:
             return
         before = now
-
-
-def at_least(name: str, value: float, unit: str, bar: float) -> Figure:
-    """A line of the table whose value is to be no less than the bar."""
-    return {"name": name, "value": value, "unit": unit, "bar": f">= {bar:.2f}", "holds": value >= bar}
 
 
 def by_this_loader(root: Path, decoder: str) -> Batches:
@@ -336,6 +338,33 @@ def start_all(root: Path) -> tuple[float, float]:
         for batches in passes:
             batches.close()
     return seconds, MIB * (resident("VmHWM") - before)
+
+
+def parts_of_it(root: Path, rounds: int) -> list[Figure]:
+    """Processor time of decoding and of resizing a whole picture, by those who could do it on the CPU; one thread."""
+    manifest = read_manifest(root)
+    encoded = Shards(manifest).read(range(BATCH))
+    images = [torch.from_numpy(pil.decode(each.tobytes())).permute(2, 0, 1) for each in encoded]
+    decode, both = (Pipeline(_decode_and_resize, resize, most=BATCH, threads=1, gpu=None) for resize in (False, True))
+    seconds = interleaved(
+        {
+            "DALI decodes": lambda: decode.run(encoded=encoded),
+            "DALI decodes and resizes": lambda: both.run(encoded=encoded),
+            "PIL decodes": lambda: [pil.decode(each.tobytes()) for each in encoded],
+            "torchvision resizes": lambda: [F.resize(image, [SIDE, SIDE], antialias=True) for image in images],
+        },
+        rounds,
+    )
+    return [
+        figure(f"{name} a picture, one thread", 1000 * statistics.median(values) / BATCH, "ms")
+        for name, values in seconds.items()
+    ]
+
+
+def _decode_and_resize(resize: bool) -> Any:
+    encoded = fn.external_source(name="encoded", dtype=types.UINT8, ndim=1)
+    images = fn.decoders.image(encoded, device="cpu", output_type=types.RGB)
+    return fn.resize(images, size=[SIDE, SIDE], antialias=True) if resize else images
 
 
 def warping(rounds: int) -> list[Figure]:

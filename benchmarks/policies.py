@@ -34,9 +34,10 @@ from autodo_dist.data import order
 from autodo_dist.data.dali import DaliPixels, DaliWindows
 from autodo_dist.data.order import Crop
 from autodo_dist.data.pixels import Finish, Pictures, Pixels
-from autodo_dist.data.policies import OPERATIONS, PAPERS, Drawn, Policy, make_choice, make_erase
+from autodo_dist.data.policies import PAPERS, Drawn, Policy, make_choice, make_erase
 from autodo_dist.data.torchvision_pixels import TorchvisionPixels
 from autodo_dist.errors import AutodoError
+from autodo_dist.operations import OPERATIONS
 from benchmarks.hyper_step import Figure, figure, interleaved
 from benchmarks.results import between_marks
 from benchmarks.runs import write_rows
@@ -63,7 +64,7 @@ CROP = Crop("resized", (0.08, 1.0), 0, SIZE, 0.875, flip=True)
 
 
 def main(
-    rounds: Annotated[int, typer.Option(min=1, help="rounds of the timing")] = 15,
+    quick: Annotated[bool, typer.Option("--quick", help="few rounds: under a minute")] = False,
     json_file: Annotated[Path | None, typer.Option("--json", help="write the figures there")] = None,
     doc: Annotated[Path | None, typer.Option(help="put the tables between the marks in this file")] = None,
 ) -> None:
@@ -71,7 +72,7 @@ def main(
     torch.set_num_threads(1)
     machine = f"{os.cpu_count()} cores, one thread, torch {torch.__version__}"
     sizes = {size: {decoder: differences(decoder, size) for decoder in DECODERS} for size in (32, 128, 224)}
-    times = {decoder: cost(decoder, rounds) for decoder in DECODERS}
+    times = {decoder: cost(decoder, 3 if quick else 25) for decoder in DECODERS}
     text = f"{difference_table(sizes)}\n\n{cost_table(times)}\n\nMeasured on {machine}."
     print(f"`{shlex.join(['python', '-m', 'benchmarks.policies', *sys.argv[1:]])}`\n\n{text}")
     if json_file is not None:

@@ -14,8 +14,15 @@ ALLOWED = {
     "autodo_dist.files": ("autodo_dist.errors",),
     "autodo_dist.ports": ("autodo_dist.errors",),
     "autodo_dist.urls": ("autodo_dist.errors",),
-    "autodo_dist.config": ("autodo_dist.errors", "autodo_dist.urls"),
-    "autodo_dist.data": ("autodo_dist.errors", "autodo_dist.files", "autodo_dist.urls", "autodo_dist.data"),
+    "autodo_dist.operations": (),
+    "autodo_dist.config": ("autodo_dist.errors", "autodo_dist.operations", "autodo_dist.urls"),
+    "autodo_dist.data": (
+        "autodo_dist.errors",
+        "autodo_dist.files",
+        "autodo_dist.operations",
+        "autodo_dist.urls",
+        "autodo_dist.data",
+    ),
     "autodo_dist.method": ("autodo_dist.errors", "autodo_dist.method"),
     "autodo_dist.parallel": (
         "autodo_dist.errors",

@@ -39,6 +39,17 @@ def test_every_way_gives_batches(root: Path) -> None:
     assert abs(float(plain.std() - by_dali.images_BCHW.std())) < 0.2
 
 
+def test_decoding_and_resizing_are_told_apart(root: Path) -> None:
+    rows = loader.parts_of_it(root / "packed", 1)
+    assert [row["name"].split(" a picture")[0] for row in rows] == [
+        "DALI decodes",
+        "DALI decodes and resizes",
+        "PIL decodes",
+        "torchvision resizes",
+    ]
+    assert all(row["unit"] == "ms" and 0 < row["value"] < 1000 for row in rows)
+
+
 def test_transform_and_decoding_of_the_others() -> None:
     image = loader.transform()(loader.decoded(loader.picture(0)))
     assert image.shape == (3, loader.SIDE, loader.SIDE)

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import logging
 import re
-import threading
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import fields, replace
 from typing import get_args
 
 import pytest
 import torch
+from threads import over_threads
 
 from autodo_dist.errors import AutodoError
 from autodo_dist.method import direction, losses
@@ -66,26 +65,6 @@ class Problem:
         return inverse_product(self.batch, self.valid_grad, solve, len(self.batch.h_BD), Alone())
 
 
-class Thread:
-    """A rank of `ranks` threads that run the same function."""
-
-    def __init__(self, rank: int, slots: list[torch.Tensor], barrier: threading.Barrier) -> None:
-        self.rank, self.slots, self.barrier = rank, slots, barrier
-
-    def exchange(self, value: torch.Tensor) -> list[torch.Tensor]:
-        self.slots[self.rank] = value
-        self.barrier.wait()
-        values = list(self.slots)
-        self.barrier.wait()
-        return values
-
-    def sum(self, value: torch.Tensor) -> torch.Tensor:
-        return torch.stack(self.exchange(value)).sum(0)
-
-    def join(self, rows: torch.Tensor) -> torch.Tensor:
-        return torch.cat(self.exchange(rows))
-
-
 class Nobody:
     """A group that must not be asked."""
 
@@ -97,9 +76,7 @@ class Nobody:
 
 def over_ranks(function: Callable[[int, Group], Inverse], ranks: int = len(PARTS)) -> list[Inverse]:
     """What each rank's call gives."""
-    slots, barrier = [torch.empty(0)] * ranks, threading.Barrier(ranks, timeout=60)
-    with ThreadPoolExecutor(ranks) as threads:
-        return list(threads.map(lambda rank: function(rank, Thread(rank, slots, barrier)), range(ranks)))
+    return over_threads(ranks, lambda group: function(group.rank, group))
 
 
 def near(a: torch.Tensor, b: torch.Tensor, tolerance: float = 1e-12) -> None:

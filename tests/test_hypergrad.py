@@ -6,14 +6,13 @@ import copy
 import functools
 import itertools
 import math
-import threading
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import fields, replace
 from typing import Any, Literal, get_args
 
 import pytest
 import torch
 import torch.nn.functional as F
+from threads import ThreadRanks, over_threads
 from torch import nn
 
 from autodo_dist.method import hypergrad, warp
@@ -268,27 +267,6 @@ def test_the_mean_is_over_the_global_batch(solver: Solver) -> None:
     compare(Rows(*(share * getattr(large, name) for name in NAMES)), small)
 
 
-class Threads:
-    """Two threads as ranks: sums and joins of both."""
-
-    def __init__(self, rank: int, barrier: threading.Barrier, slots: list[torch.Tensor]) -> None:
-        self.rank, self.barrier, self.slots = rank, barrier, slots
-
-    def sum(self, value: torch.Tensor) -> torch.Tensor:
-        one, two = self._both(value)
-        return one + two
-
-    def join(self, rows: torch.Tensor) -> torch.Tensor:
-        return torch.cat(self._both(rows))
-
-    def _both(self, value: torch.Tensor) -> list[torch.Tensor]:
-        self.slots[self.rank] = value
-        self.barrier.wait()
-        both = list(self.slots)
-        self.barrier.wait()
-        return both
-
-
 @EACH_SOLVER
 @pytest.mark.parametrize("space", ["parameter", "sample"])
 @pytest.mark.parametrize("normalise", [False, True])
@@ -297,14 +275,12 @@ def test_two_ranks_give_what_one_gives(normalise: bool, space: Any, solver: Solv
     solve = replace(SOLVES[solver], space=space)
     for augment in ("per_sample", "shared"):
         setting = Setting(augment, True, True)
-        barrier, slots = threading.Barrier(2, timeout=60), [torch.empty(0)] * 2
 
-        def one(rank: int, setting=setting, barrier=barrier, slots=slots) -> tuple[Rows, Hypergradient]:
-            part = (slice(0, 2), slice(2, None))[rank]
-            return setting.found("symmetric_kl", solve, part, Threads(rank, barrier, slots), normalise=normalise)
+        def one(group: ThreadRanks, setting=setting) -> tuple[Rows, Hypergradient]:
+            part = (slice(0, 2), slice(2, None))[group.rank]
+            return setting.found("symmetric_kl", solve, part, group, normalise=normalise)
 
-        with ThreadPoolExecutor(2) as threads:
-            halves = list(threads.map(one, range(2)))
+        halves = over_threads(2, one)
         grads, whole = setting.found("symmetric_kl", solve, normalise=normalise)
         joined = {}
         for name in NAMES:

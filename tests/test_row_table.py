@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import threading
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -14,6 +11,7 @@ import torch.distributed.checkpoint as dcp
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from ranks import RankError, RankPool
+from threads import ThreadRanks, over_threads
 
 from autodo_dist.errors import AutodoError
 from autodo_dist.method.rmsprop import Rmsprop
@@ -154,21 +152,6 @@ def test_an_id_without_a_row_is_named(pool: RankPool) -> None:
         pool.run(2, fetch_stranger)
 
 
-class ThreadRanks:
-    """Ranks as threads of this process: `exchange` and nothing else of `Ranks`."""
-
-    def __init__(self, rank: int, slots: list[Any], barrier: threading.Barrier) -> None:
-        self.rank, self.ranks, self.device, self._slots, self._barrier = rank, len(slots), CPU, slots, barrier
-
-    def exchange(self, rows: torch.Tensor, sent: list[int], received: list[int]) -> torch.Tensor:
-        self._slots[self.rank] = rows.split(sent)
-        self._barrier.wait()
-        arrived = [pieces[self.rank] for pieces in self._slots]
-        self._barrier.wait()
-        assert [len(piece) for piece in arrived] == received
-        return torch.cat(arrived)
-
-
 @st.composite
 def exchanges(draw: st.DrawFn) -> tuple[list[int], int, list[list[list[int]]]]:
     """Ids with gaps, a number of ranks, and steps: each rank's batch, of any length, with duplicates."""
@@ -196,18 +179,16 @@ def test_the_exchange_is_one_dense_table(
         value.grad = torch.zeros_like(value).index_add_(0, torch.cat(rows), torch.cat(gradients))
         optimizer.step()
 
-    def rank_of(rank: int) -> list[torch.Tensor]:
-        table = RowTable(ids, lambda mine: start_values(mine, width), ThreadRanks(rank, slots, barrier), RULE)
+    def rank_of(group: ThreadRanks) -> list[torch.Tensor]:
+        table = RowTable(ids, lambda mine: start_values(mine, width), group, RULE)
         fetched = []
         for number, (batch, gradients) in enumerate(zip(steps, grads, strict=True), start=1):
-            mine = torch.tensor(batch[rank], dtype=torch.int64)
+            mine = torch.tensor(batch[group.rank], dtype=torch.int64)
             fetched.append(table.fetch(mine))
-            table.apply_grads(mine, gradients[rank], lr=0.1, step=number)
+            table.apply_grads(mine, gradients[group.rank], lr=0.1, step=number)
         return [*fetched, table.value_nP]
 
-    slots, barrier = [None] * ranks, threading.Barrier(ranks, timeout=60)
-    with ThreadPoolExecutor(ranks) as threads:
-        *fetched, blocks = zip(*threads.map(rank_of, range(ranks)), strict=True)
+    *fetched, blocks = zip(*over_threads(ranks, rank_of), strict=True)
     for got, wanted in zip(fetched, expected, strict=True):
         for mine, theirs in zip(got, wanted, strict=True):
             torch.testing.assert_close(mine, theirs, rtol=1e-12, atol=1e-12)

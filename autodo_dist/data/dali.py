@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -19,68 +20,74 @@ from autodo_dist.errors import DecodeError
 SHARES: dict[str, Any] = {"axis_names": "HW", "normalized_anchor": True, "normalized_shape": True}
 
 
-class DaliPixels:
-    """Pixels through a DALI pipeline for at most `most` pictures, with so many threads; `gpu` is the index of the one
-    that decodes, None: the CPU does.
+class Batches:
+    """A DALI pipeline that decodes up to `most` pictures, with so many threads; `gpu` is the index of the one that
+    decodes, None: the CPU does.
 
     Headers are parsed first, in a pipeline of their own: where one does not parse among pictures that are being
     decoded, DALI 2.4 may crash, as it goes on decoding the others into memory that it has given back. A picture that
     parses and then does not decode is an exception, as it should be (283 of 283 broken batches).
     """
 
-    def __init__(self, finish: Finish, most: int, threads: int, gpu: int | None) -> None:
+    def __init__(
+        self,
+        graph: Callable[..., Any],
+        *arguments: Any,
+        most: int,
+        threads: int,
+        gpu: int | None,
+        enable_conditionals: bool = False,
+    ) -> None:
         self._headers = Pipeline(_headers, most=most, threads=threads, gpu=None)
         self._pictures = Pipeline(
-            _graph,
-            finish,
-            gpu is not None,
-            most=most,
-            threads=threads,
-            gpu=gpu,
-            enable_conditionals=finish.operations > 0,
+            graph, *arguments, most=most, threads=threads, gpu=gpu, enable_conditionals=enable_conditionals
         )
-        self._alone, self._finish = Decoder(), finish
+        self._alone = Decoder()
+
+    def run(self, encoded: list[Encoded], **feed: Any) -> Any:
+        """The output for a batch, valid until the next run. DecodeError if a picture does not decode."""
+        self._headers.run(encoded=encoded)
+        return self._pictures.run(encoded=encoded, **feed)
+
+    def fault(self, encoded: Encoded) -> str | None:
+        """See Pixels. DALI does not say which picture of a batch it could not decode, so each is tried alone."""
+        try:
+            self._alone.shape(encoded.tobytes())
+        except DecodeError as why:
+            return str(why)
+        return None
+
+
+class DaliPixels:
+    """Pixels through DALI alone; see Batches."""
+
+    def __init__(self, finish: Finish, most: int, threads: int, gpu: int | None) -> None:
+        on_gpu, conditional = gpu is not None, finish.operations > 0
+        self._batches = Batches(
+            _graph, finish, on_gpu, most=most, threads=threads, gpu=gpu, enable_conditionals=conditional
+        )
+        self._finish, self.fault = finish, self._batches.fault
 
     def decode(self, pictures: Pictures) -> torch.Tensor:
         """See Pixels."""
-        self._headers.run(encoded=pictures.encoded)
-        images = self._pictures.run(**_inputs(pictures, self._finish))
+        images = self._batches.run(pictures.encoded, **_inputs(pictures, self._finish))
         # Outputs live in DALI's own buffers until its next run.
         return torch.from_dlpack(images.as_tensor()).clone()
 
-    def fault(self, encoded: Encoded) -> str | None:
-        """See Pixels."""
-        return fault(self._alone, encoded)
-
 
 class DaliWindows:
-    """Windows through a DALI pipeline on the CPU, for at most `most` pictures, with so many threads."""
+    """Windows through DALI on the CPU; see Batches."""
 
     def __init__(self, crop: Crop, most: int, threads: int) -> None:
-        self._headers = Pipeline(_headers, most=most, threads=threads, gpu=None)
-        self._windows = Pipeline(_decoded, crop, False, most=most, threads=threads, gpu=None)
-        self._alone, self._whole = Decoder(), crop.kind == "padded"
+        self._batches = Batches(_decoded, crop, False, most=most, threads=threads, gpu=None)
+        self._whole, self.fault = crop.kind == "padded", self._batches.fault
 
     def decode(self, pictures: Pictures) -> list[torch.Tensor]:
         """See Windows."""
-        self._headers.run(encoded=pictures.encoded)
         feed = {} if self._whole else {"origin": pictures.origin_B2, "size": pictures.size_B2}
-        decoded = self._windows.run(encoded=pictures.encoded, **feed)
+        decoded = self._batches.run(pictures.encoded, **feed)
         images = [torch.from_dlpack(decoded[at]).permute(2, 0, 1) for at in range(len(pictures))]
         return [window(image, pictures, at) for at, image in enumerate(images)] if self._whole else images
-
-    def fault(self, encoded: Encoded) -> str | None:
-        """See Pixels."""
-        return fault(self._alone, encoded)
-
-
-def fault(alone: Decoder, encoded: Encoded) -> str | None:
-    """See Pixels. DALI does not say which picture of a batch it could not decode, so each is tried alone."""
-    try:
-        alone.shape(encoded.tobytes())
-    except DecodeError as why:
-        return str(why)
-    return None
 
 
 def _headers() -> Any:
@@ -89,9 +96,8 @@ def _headers() -> Any:
 
 
 def _inputs(pictures: Pictures, finish: Finish) -> dict[str, Any]:
-    """What the graph takes from outside, by name."""
-    found: dict[str, Any] = {"encoded": pictures.encoded, "origin": pictures.origin_B2, "size": pictures.size_B2}
-    found["flip"] = pictures.flip_B
+    """What the graph takes from outside beside the encoded pictures, by name."""
+    found: dict[str, Any] = {"origin": pictures.origin_B2, "size": pictures.size_B2, "flip": pictures.flip_B}
     if finish.operations and pictures.drawn:
         found |= {"operation": pictures.drawn.operation_BK, "strength": pictures.drawn.strength_BK}
     if finish.erases and pictures.drawn:

@@ -12,7 +12,7 @@ import numpy as np
 from nvidia.dali import fn, math, types
 from nvidia.dali.auto_aug import augmentations, core
 
-from autodo_dist.data.policies import OPERATIONS
+from autodo_dist.operations import OPERATIONS
 
 GEOMETRY = {"interp_type": types.INTERP_NN, "fill_value": 0}
 SAME = np.array([[0, 0, 0], [0, 1, 0], [0, 0, 0]], np.float32)

@@ -27,7 +27,7 @@ import pyarrow.parquet
 
 from autodo_dist.data.remote import Remote
 from autodo_dist.errors import AutodoError
-from autodo_dist.files import own_partial, sha256, write_json
+from autodo_dist.files import own_partial, sha256, whole, write_json
 from autodo_dist.urls import is_remote
 
 FORMAT = 1
@@ -129,8 +129,8 @@ def _copy(remote: Remote, cache: Path) -> Path:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if not samples.is_file() or sha256(samples) != expected:
-            _put(samples, remote.whole("samples.parquet"))
-        _put(folder / "manifest.json", manifest)
+            _write(samples, remote.whole("samples.parquet"))
+        _write(folder / "manifest.json", manifest)
     except OSError as error:
         raise AutodoError(f"cache {folder}: cannot be written ({error.strerror}); set data.cache") from error
     return folder
@@ -141,11 +141,10 @@ def cache_folder(cache: Path, checksum: str) -> Path:
     return cache / checksum[:16]
 
 
-def _put(path: Path, data: bytes) -> None:
+def _write(path: Path, data: bytes) -> None:
     """Write a file, whole or not at all; several processes may at once."""
-    partial = own_partial(path)
-    partial.write_bytes(data)
-    os.replace(partial, path)
+    with whole(path, own_partial(path)) as partial:
+        partial.write_bytes(data)
 
 
 def _read(root: Path, place: str) -> Manifest:

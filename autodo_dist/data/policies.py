@@ -22,24 +22,8 @@ import numpy as np
 import numpy.typing as npt
 
 from autodo_dist.errors import AutodoError
+from autodo_dist.operations import OPERATIONS
 
-OPERATIONS = (
-    "identity",
-    "shear_x",
-    "shear_y",
-    "translate_x",
-    "translate_y",
-    "rotate",
-    "brightness",
-    "color",
-    "contrast",
-    "sharpness",
-    "posterize",
-    "solarize",
-    "auto_contrast",
-    "equalize",
-    "invert",
-)
 PAPERS = {"autoaugment_imagenet": "imagenet", "autoaugment_cifar10": "cifar10", "autoaugment_svhn": "svhn"}
 LEVELS = 9  # AutoAugment's strengths are the levels 0 to 9 of an operation's range
 BINS = 30  # those of RandAugment and TrivialAugment are 0 to 30

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -26,6 +25,7 @@ import numpy.typing as npt
 from autodo_dist.data.manifest import PARTS, Manifest
 from autodo_dist.data.split import Split
 from autodo_dist.errors import AutodoError
+from autodo_dist.files import whole
 
 FORMAT = 1
 _DIGEST = 65  # bytes
@@ -66,9 +66,8 @@ def write_split(path: Path, content: bytes) -> bool:
             if path.is_file() and path.read_bytes() == content:
                 return False
             raise AutodoError(f"split {path}: is there already and is not this split; choose another name or delete it")
-        partial = path.with_name(path.name + ".partial")
-        partial.write_bytes(content)
-        os.replace(partial, path)
+        with whole(path) as partial:
+            partial.write_bytes(content)
     except OSError as error:
         raise AutodoError(f"split {path}: cannot be written ({error.strerror}); choose another place") from error
     return True

@@ -10,7 +10,7 @@ import numpy.typing as npt
 import torch
 from torchvision.transforms.v2 import functional as F
 
-from autodo_dist.data.policies import OPERATIONS
+from autodo_dist.operations import OPERATIONS
 
 
 def apply(image: torch.Tensor, operation_K: npt.NDArray[np.int32], strength_K: npt.NDArray[np.float32]) -> torch.Tensor:

@@ -22,7 +22,7 @@ from autodo_dist.data.probe import Found
 from autodo_dist.data.sources import SHUFFLE, Source, stream
 from autodo_dist.data.unfinished import read_note, write_note
 from autodo_dist.errors import AutodoError
-from autodo_dist.files import sha256
+from autodo_dist.files import sha256, whole
 
 
 @dataclass(frozen=True)
@@ -154,13 +154,10 @@ def _whole(path: Path) -> Iterator[BinaryIO]:
 
     Its name until then is this process's own: a process that was thought dead cannot write into it.
     """
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    try:
-        with partial.open("wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
+    with (
+        whole(path, path.with_name(f"{path.name}.{os.getpid()}.partial")) as partial,
+        partial.open("wb") as file,
+    ):
+        yield file
+        file.flush()
+        os.fsync(file.fileno())
