@@ -24,6 +24,15 @@ def sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
+def sync(path: Path) -> None:
+    """Have a file's contents, or a folder's names, on the disk: they outlast a power cut from here on."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
 def own_partial(path: Path) -> Path:
     """Where this thread alone writes a file that others may be writing too, until it is whole and renamed."""
     return path.with_name(f"{path.name}~{socket.gethostname()}~{os.getpid()}~{threading.get_ident()}.partial")
@@ -31,14 +40,16 @@ def own_partial(path: Path) -> Path:
 
 @contextmanager
 def whole(path: Path, partial: Path | None = None) -> Iterator[Path]:
-    """Where to write a file that is renamed to `path` at the end; where the block raises, nothing stays.
+    """Where to write a file that is renamed to `path` at the end, for good; where the block raises, nothing stays.
 
     By default that is `path`.partial, for a single writer; others may be writing too: `own_partial`.
     """
     partial = path.with_name(path.name + ".partial") if partial is None else partial
     try:
         yield partial
+        sync(partial)
         os.replace(partial, path)
+        sync(path.parent)
     finally:
         with suppress(OSError):
             partial.unlink(missing_ok=True)

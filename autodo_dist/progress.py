@@ -46,13 +46,6 @@ def tensors(parts: Parts) -> dict[str, Any]:
     return parts.engine.state() | {"hyper": hyper}
 
 
-def size(state: Any) -> int:
-    """Bytes of all tensors in a tree of dicts, each counted once and with the parts of all ranks."""
-    if isinstance(state, torch.Tensor):  # a sharded one counts the elements of all ranks
-        return state.numel() * state.element_size()
-    return sum(map(size, state.values())) if isinstance(state, dict) else 0
-
-
 def resume(config: Config, parts: Parts, ranks: Ranks) -> tuple[Progress, torch.Tensor]:
     """Take up the newest complete checkpoint, or else the one to fork from: progress and this rank's running sums.
 

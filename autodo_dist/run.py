@@ -11,6 +11,7 @@ from autodo_dist.config import Config
 from autodo_dist.data.loader import Batch
 from autodo_dist.metrics import Clock, MetricsFile, ProgressBar
 from autodo_dist.nonfinite import Watch
+from autodo_dist.parallel.checkpoint_save import Saver
 from autodo_dist.parallel.comm import Ranks
 from autodo_dist.progress import Progress
 from autodo_dist.run_lock import Lock
@@ -31,6 +32,7 @@ class Run:
     bar: ProgressBar
     watch: Watch
     lock: Lock
+    saver: Saver
 
     @property
     def steps_done(self) -> int:

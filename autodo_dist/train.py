@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import shutil
 import time
 from collections.abc import Iterator
 from dataclasses import asdict
-from pathlib import Path
 
 import psutil
 import torch
@@ -24,15 +22,15 @@ from autodo_dist.errors import AutodoError
 from autodo_dist.metrics import Clock, Interval, MetricsFile, ProgressBar, console
 from autodo_dist.nonfinite import Fault, NotFinite, Watch
 from autodo_dist.parallel import checkpoint, comm
+from autodo_dist.parallel.checkpoint_save import Saver
 from autodo_dist.parallel.comm import Ranks
-from autodo_dist.progress import resume, size, tensors
+from autodo_dist.progress import resume, tensors
 from autodo_dist.record import evaluate_parts, summarise, write_line
 from autodo_dist.run import Run
 from autodo_dist.run_lock import Lock
 from autodo_dist.steps import hyper_step, renew_validation, shared_step, task_step
 
 log = logging.getLogger(__name__)
-BESIDE = 1 << 20  # bytes of a checkpoint beside its tensors: zip records, names, progress
 
 
 def train(config: Config) -> None:
@@ -77,10 +75,11 @@ def attempt(
     watch = Watch(parts.model, ranks)
     with (
         contextlib.closing(parts.loaders.task.shards),
+        contextlib.closing(Saver(config.folder / "checkpoints", ranks)) as saver,
         ProgressBar(screen, total_steps(config, parts), progress.step) as bar,
     ):
         try:
-            loop(Run(config, ranks, parts, progress, sums, clock, metrics, bar, watch, lock))
+            loop(Run(config, ranks, parts, progress, sums, clock, metrics, bar, watch, lock, saver))
         except NotFinite as found:
             return found.fault
     return None
@@ -117,6 +116,7 @@ def loop(run: Run) -> None:
         if progress.epoch % run.config.train.evaluate_every == 0 or progress.epoch == epochs:
             evaluate_parts(run)
         save(run)
+    finish_saving(run)
     summarise(run)
 
 
@@ -212,56 +212,35 @@ def after_step(run: Run, interval: Interval, steps: int, made: bool = True) -> N
 
 
 def save(run: Run) -> None:
-    """Save a checkpoint of this step, unless the disk does not take it. Every rank must call this.
+    """Begin to save a checkpoint of this step. Every rank must call this.
 
-    AutodoError if that was the run's last, or the folder is another run's by now; NotFinite if it is not worth saving.
+    NotFinite if it is not worth saving; AutodoError if the folder is another run's by now.
     """
     run.watch.look()
-    run.lock.check()
-    progress, root, ranks = run.progress, run.config.folder / "checkpoints", run.ranks
+    progress = run.progress
     with run.clock.phase("save"):
+        run.saver.wait()
+        run.lock.check()
         run.parts.engine.share_buffers()
-        progress.sums = ranks.gather(run.sums.tolist())
+        progress.sums = run.ranks.gather(run.sums.tolist())
         progress.lines = run.metrics.lines if run.metrics is not None else 0
         progress.seconds = dict(run.clock.seconds)
-        state = tensors(run.parts)
-        fault = too_full(run.config.folder, size(state), ranks)
-        if not fault:
-            try:
-                checkpoint.save(root, progress.step, state, asdict(progress), ranks)
-            except AutodoError as error:
-                fault = checkpoint.reason(error.__cause__ or error)
-        if not fault:
-            checkpoint.prune(root, run.config.checkpoint.keep, progress.best.get("step"), ranks)
+        run.saver.save(
+            progress.step,
+            tensors(run.parts),
+            asdict(progress),
+            keep=run.config.checkpoint.keep,
+            best=progress.best.get("step"),
+            beside=run.config.folder / "metrics.jsonl",
+        )
+
+
+def finish_saving(run: Run) -> None:
+    """Wait for the last save. AutodoError if the disk did not take it. Every rank must call this."""
+    with run.clock.phase("save"):
+        fault = run.saver.wait()
     if fault:
-        go_on_unsaved(run, fault, size(state))
-
-
-def too_full(folder: Path, needed: int, ranks: Ranks) -> str:
-    """Why so many bytes of tensors need not be tried: the disk is too full. Else empty. Every rank must call this."""
-    disk = shutil.disk_usage(folder)
-    # A little for what is written beside the tensors. Some file systems do not know their size, and say 0.
-    full = disk.total > 0 and disk.free < needed * 1.01 + BESIDE
-    return ranks.from_main("the disk is too full" if full else "")
-
-
-def go_on_unsaved(run: Run, fault: str, needed: int) -> None:
-    """Warn that a checkpoint of so many bytes could not be saved. AutodoError if it was the run's last.
-
-    Every rank must call this.
-    """
-    progress, root = run.progress, run.config.folder / "checkpoints"
-    path = checkpoint.folder(root, progress.step)
-    if run.ranks.main:
-        shutil.rmtree(path.with_suffix(".partial"), ignore_errors=True)
-    free = shutil.disk_usage(run.config.folder).free
-    text = f"checkpoint {path}: cannot be written ({fault}); it takes {needed:,} bytes, {free:,} are free"
-    text = run.ranks.from_main(text)  # what is free changes by the moment
-    if progress.epoch == run.config.train.epochs:
-        raise AutodoError(f"{text}; free space or mend the disk, then run the same command again")
-    if run.ranks.main:
-        kept = [found.name for found in checkpoint.complete(root)[-1:]]
-        log.warning("%s; the run goes on and tries again at the next save; kept: %s", text, *kept or ["none"])
+        raise AutodoError(f"{fault}; free space or mend the disk, then run the same command again")
 
 
 def total_steps(config: Config, parts: Parts) -> int:

@@ -19,7 +19,7 @@ from typer.testing import CliRunner, Result
 from autodo_dist.cli import app
 from autodo_dist.errors import AutodoError
 from autodo_dist.files import read_json, write_json
-from autodo_dist.parallel import checkpoint, checkpoint_diff, comm
+from autodo_dist.parallel import checkpoint, checkpoint_diff, checkpoint_save, comm
 from autodo_dist.parallel.checkpoint_diff import TensorDifference, differences
 from autodo_dist.parallel.checkpoint_rows import RowReader
 from autodo_dist.parallel.row_table import RowTable
@@ -148,7 +148,7 @@ def save_same_table(root: Path) -> None:
         return torch.from_numpy(np.sin(ids[:, None] * (1.0 + np.arange(7))))
 
     with comm.process_group(comm.place(), CPU) as ranks:
-        checkpoint.save(root, 3, RowTable(sparse_ids(41), start, ranks, RULE).state(), {"step": 3}, ranks)
+        checkpoint_save.save(root, 3, RowTable(sparse_ids(41), start, ranks, RULE).state(), {"step": 3}, ranks)
 
 
 def compared(tmp_path: Path, left: dict[str, Any], right: dict[str, Any]) -> dict[str, TensorDifference]:

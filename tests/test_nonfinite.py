@@ -28,7 +28,7 @@ from autodo_dist.data.loader import Batch, Loader, endless
 from autodo_dist.data.manifest import read_manifest
 from autodo_dist.errors import AutodoError
 from autodo_dist.nonfinite import NotFinite, Watch, recorded, without
-from autodo_dist.parallel import checkpoint, comm
+from autodo_dist.parallel import checkpoint, checkpoint_save, comm
 from autodo_dist.progress import tensors
 from autodo_dist.steps import Trained, renew_validation, shared_step, task_step
 
@@ -95,7 +95,7 @@ def never_had(tree: dict[str, Any], bad: Bad, folder: Path) -> None:
                     shared_step(parts, hyper, batch, done, hyper.lr(done), hyper_steps, ranks)
                 else:
                     task_step(parts, batch, done, ranks)
-        checkpoint.save(folder / "checkpoints", config.train.epochs * STEPS, tensors(parts), {}, ranks)
+        checkpoint_save.save(folder / "checkpoints", config.train.epochs * STEPS, tensors(parts), {}, ranks)
 
 
 @pytest.mark.parametrize(

@@ -26,7 +26,7 @@ from autodo_dist.commands.rows import parse_ids
 from autodo_dist.data.manifest import read_manifest
 from autodo_dist.errors import AutodoError
 from autodo_dist.files import read_json, write_json
-from autodo_dist.parallel import checkpoint, comm
+from autodo_dist.parallel import checkpoint_save, comm
 from autodo_dist.parallel.checkpoint_rows import LayoutError, RowReader, Window, find_checkpoint, values_start
 from autodo_dist.parallel.row_table import RowTable
 
@@ -50,7 +50,7 @@ def save_table(root: Path, dtype: torch.dtype, rows: int = ROWS, width: int = WI
             grads = torch.randn(len(ids), width, generator=generator)
             table.apply_grads(ids, grads, lr=0.1, step=step)
         state = {"hyper": {"rows": table.state(), "shared": torch.arange(6.0)}}
-        checkpoint.save(root, 3, state, {"step": 3}, ranks)
+        checkpoint_save.save(root, 3, state, {"step": 3}, ranks)
 
 
 def kilobytes(name: str) -> int:

@@ -23,7 +23,7 @@ from test_train import run_train, settings
 from autodo_dist import run_lock
 from autodo_dist.commands.evaluate import evaluate_checkpoint
 from autodo_dist.errors import AutodoError
-from autodo_dist.parallel import checkpoint, comm
+from autodo_dist.parallel import checkpoint, checkpoint_save, comm
 from autodo_dist.run_lock import Holder, Lock, file, held, myself, numbers, read, refuse_if_held, take
 
 ROOT = Path(__file__).parent.parent
@@ -255,13 +255,13 @@ def test_a_second_run_is_refused_on_every_rank(pool: RankPool, start: Start, dig
 def test_a_run_whose_folder_was_taken_over_saves_no_more(
     digits: Path, tmp_path: Path, elsewhere: Holder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    save = checkpoint.save
+    save = checkpoint_save.save
 
     def taken_over_then(root: Path, step: int, *rest: Any) -> None:
         save(root, step, *rest)
         write(root.parent, 2, words(elsewhere))
 
-    monkeypatch.setattr(checkpoint, "save", taken_over_then)
+    monkeypatch.setattr(checkpoint_save, "save", taken_over_then)
     with pytest.raises(AutodoError, match="taken over by process 4711 on node17"):
         run_train(settings(digits, tmp_path))
     assert [checkpoint.step_of(path) for path in checkpoint.complete(tmp_path / "run" / "checkpoints")] == [5]

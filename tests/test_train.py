@@ -24,9 +24,10 @@ from autodo_dist.commands.evaluate import evaluate, evaluate_checkpoint
 from autodo_dist.config import Config, check_config
 from autodo_dist.data.manifest import read_manifest
 from autodo_dist.errors import AutodoError
-from autodo_dist.parallel import checkpoint, comm
-from autodo_dist.progress import size, tensors
-from autodo_dist.train import BESIDE, train
+from autodo_dist.parallel import checkpoint, checkpoint_save, comm
+from autodo_dist.parallel.checkpoint_save import BESIDE, size
+from autodo_dist.progress import tensors
+from autodo_dist.train import train
 
 Usage = collections.namedtuple("Usage", "total used free")  # shutil.disk_usage's
 TIMES = ("seconds", "images_per_second", "data_wait_share", "peak_memory_bytes")
@@ -301,7 +302,7 @@ def test_config_round_trip(digits: Path, tmp_path: Path) -> None:
 
 def run_on_small_disk(tree: dict[str, Any], from_step: int, to_step: int) -> None:
     """Train while no file may grow beyond 200 kB in the saves of these steps: the kernel refuses the write."""
-    save = checkpoint.save
+    save = checkpoint_save.save
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 
@@ -313,7 +314,7 @@ def run_on_small_disk(tree: dict[str, Any], from_step: int, to_step: int) -> Non
             resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
     try:
-        with patch.object(checkpoint, "save", limited):
+        with patch.object(checkpoint_save, "save", limited):
             run_train(tree)
     finally:
         signal.signal(signal.SIGXFSZ, handler)
@@ -339,7 +340,7 @@ def test_a_run_goes_on_while_the_disk_is_full(pool: RankPool, digits: Path, tmp_
     for step in (6, 10):
         assert re.search(
             rf"WARNING checkpoint .*/step-{step:08d}: cannot be written \(.*\); it takes 1,939,792 bytes, "
-            r"[\d,]+ are free; the run goes on and tries again at the next save; kept: step-00000005",
+            r"[\d,]+ are free; kept: step-00000005",
             log,
         )
     assert log.count("cannot be written") == 2
@@ -363,7 +364,7 @@ def sizes(tree: dict[str, Any]) -> tuple[int, int]:
     config = check_config(tree, "test")
     with comm.process_group(comm.place(), torch.device("cpu")) as ranks:
         state = tensors(build(config, read_manifest(config.data.root), ranks))
-        checkpoint.save(config.folder, 1, state, {}, ranks)
+        checkpoint_save.save(config.folder, 1, state, {}, ranks)
         return size(state), sum(path.stat().st_size for path in config.folder.rglob("*") if path.is_file())
 
 
@@ -381,11 +382,11 @@ def test_size_counts_every_tensor_once(pool: RankPool, digits: Path, tmp_path: P
 def test_a_save_that_cannot_fit_is_not_begun(digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A file system that does not know its size says 0."""
     monkeypatch.setattr(shutil, "disk_usage", lambda _: Usage(total=10**9, used=0, free=2_900_000))
-    monkeypatch.setattr(checkpoint, "save", lambda *_: pytest.fail("was begun"))
+    monkeypatch.setattr(checkpoint_save, "_write", lambda *_: pytest.fail("was begun"))
     with pytest.raises(AutodoError, match=r"step-00000012: .* \(the disk is too full\); .* 2,900,000 are free; free"):
         run_train(settings(digits, tmp_path))
     torch.distributed.destroy_process_group()
-    assert log_of(tmp_path / "run").count("kept: none") == 3
+    assert log_of(tmp_path / "run").count("kept: none") == 4
     monkeypatch.undo()
     monkeypatch.setattr(shutil, "disk_usage", lambda _: Usage(total=0, used=0, free=0))
     folder = run_train(settings(digits, tmp_path))

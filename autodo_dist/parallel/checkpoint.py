@@ -1,10 +1,11 @@
-"""Sharded checkpoints: written whole or not at all, checked before they are trusted, loaded on any number of ranks.
+"""Sharded checkpoints: which there are, checked before they are trusted, loaded on any number of ranks.
 
     checkpoints/step-00001200/
       __0_0.distcp, …, .metadata    torch.distributed.checkpoint: every rank its part; tensors and nothing else
       checkpoint.json               format, step, progress, size and SHA-256 of every file; written last
 
-A save goes to a `.partial` folder that is renamed when every rank is done, so a folder named step-… is complete.
+A folder named step-… is complete and on the disk: see checkpoint_save. There is no file that names the newest one, as
+it could say more than is true.
 Reading one runs nothing that it holds: see checkpoint_header, checkpoint_metadata and checkpoint_tensors.
 """
 
@@ -15,39 +16,21 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.metadata import Metadata
 
 from autodo_dist.errors import AutodoError
-from autodo_dist.files import sha256, write_json
-from autodo_dist.parallel.checkpoint_header import FORMAT, Header, NewerFormat, read_header, require_inside
+from autodo_dist.files import sha256
+from autodo_dist.parallel.checkpoint_header import Header, NewerFormat, read_header, require_inside
 from autodo_dist.parallel.checkpoint_metadata import LayoutError, read_metadata
 from autodo_dist.parallel.checkpoint_tensors import Reader
 from autodo_dist.parallel.comm import Ranks
 
 log = logging.getLogger(__name__)
-
-
-def save(root: Path, step: int, state: dict[str, Any], progress: dict[str, Any], ranks: Ranks) -> None:
-    """Save tensors `state` and JSON `progress` as checkpoint `step`. Every rank must call this.
-
-    AutodoError, on every rank alike, if the disk does not take it; TypeError for a leaf of `state` that is no tensor,
-    which DCP would pickle.
-    """
-    for name, leaf in leaves(state):
-        if not isinstance(leaf, torch.Tensor):
-            raise TypeError(f"checkpoint: {name} is no tensor but {type(leaf).__name__}; it belongs into progress")
-    final = folder(root, step)
-    try:
-        _write(final, step, state, progress, ranks)
-    except (dcp.CheckpointException, OSError) as error:
-        cure = "free space or mend the disk, then run the same command again"
-        raise AutodoError(f"checkpoint {final}: cannot be written ({reason(error)}); {cure}") from error
 
 
 def leaves(state: Any, name: str = "") -> Iterator[tuple[str, Any]]:
@@ -58,51 +41,6 @@ def leaves(state: Any, name: str = "") -> Iterator[tuple[str, Any]]:
             yield from leaves(value, f"{name}.{key}" if name else str(key))
     else:
         yield name, state
-
-
-def _write(final: Path, step: int, state: dict[str, Any], progress: dict[str, Any], ranks: Ranks) -> None:
-    partial = final.with_suffix(".partial")
-
-    def begin() -> None:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-
-    def finish() -> None:
-        files = {name: facts for part in written for name, facts in part.items()}
-        header = {"format": FORMAT, "step": step, "progress": progress, "files": files}
-        write_json(partial / "checkpoint.json", header)
-        shutil.rmtree(final, ignore_errors=True)
-        os.replace(partial, final)
-
-    _together(begin if ranks.main else None, ranks)
-    dcp.save(state, checkpoint_id=partial)
-    written = _together(lambda: _facts(partial, ranks), ranks)
-    _together(finish if ranks.main else None, ranks)
-
-
-def _facts(partial: Path, ranks: Ranks) -> dict[str, Any]:
-    """Size and SHA-256 of the files that this rank wrote."""
-    mine = [path for path in partial.iterdir() if path.name.startswith(f"__{ranks.rank}_")]
-    if ranks.main:
-        mine.append(partial / ".metadata")
-    return {path.name: {"size": path.stat().st_size, "sha256": sha256(path)} for path in mine}
-
-
-def _together(work: Callable[[], Any] | None, ranks: Ranks) -> list[Any]:
-    """What each rank's `work` gives; the OSError that one meets is raised on all, so that none waits for it.
-
-    Every rank must call this, those with nothing to do as well.
-    """
-    answer = None
-    try:
-        answer = work() if work is not None else None
-    except OSError as error:
-        answer = error
-    answers = ranks.gather(answer)
-    for found in answers:
-        if isinstance(found, OSError):
-            raise found
-    return answers
 
 
 def restore(path: Path, state: dict[str, Any], ranks: Ranks) -> dict[str, Any]:
