@@ -235,6 +235,10 @@ class Train(Section):
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: cuda where there is a GPU")
     precision: Literal["fp32", "fp64"] = Field("fp32", description="of model and pictures; fp64: to compare runs")
     threads: int = Field(1, ge=1, description="torch's CPU threads per rank (a resume is bit-exact at the same number)")
+    deterministic: bool = Field(
+        False,
+        description="GPU: deterministic algorithms where there are any, for a bit-exact resume (docs/reliability.md)",
+    )
     log_every: int = Field(20, ge=1, description="steps between lines of metrics.jsonl")
     evaluate_every: int = Field(1, ge=1, description="epochs between evaluations; the last epoch is always evaluated")
     on_nonfinite: Literal["stop", "rollback"] = Field(

@@ -51,11 +51,29 @@ class MetricsFile:
         self._file.close()
 
 
-class Clock:
-    """Seconds spent in each phase of a run (start, data, task, evaluation, save); carried over a resume."""
+START = ("imports", "rendezvous", "build", "restore")  # the phases of a start, in their order
 
-    def __init__(self, seconds: dict[str, float]) -> None:
-        self.seconds = dict(seconds)
+
+class Clock:
+    """Seconds spent in each phase of a run: those of START, data, task, hyper, evaluation, save.
+
+    A start began at time `begun`; what earlier ones took comes from the checkpoint (`carry`).
+    """
+
+    def __init__(self, begun: float) -> None:
+        self.seconds: dict[str, float] = {}
+        self._lap = begun
+
+    def lap(self, phase: str) -> None:
+        """Count what has gone by since the start began, or since the last lap, to `phase`."""
+        now = time.time()
+        self.add(phase, now - self._lap)
+        self._lap = now
+
+    def carry(self, seconds: dict[str, float]) -> None:
+        """Add the seconds of earlier starts."""
+        for phase, spent in seconds.items():
+            self.add(phase, spent)
 
     def add(self, phase: str, seconds: float) -> None:
         """Count seconds to a phase."""

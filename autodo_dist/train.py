@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import time
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -19,7 +20,7 @@ from autodo_dist.config import Config
 from autodo_dist.data.loader import Batch, Loader, endless
 from autodo_dist.data.manifest import Manifest
 from autodo_dist.errors import AutodoError
-from autodo_dist.metrics import Clock, Interval, MetricsFile, ProgressBar, console
+from autodo_dist.metrics import START, Clock, Interval, MetricsFile, ProgressBar, console
 from autodo_dist.nonfinite import Fault, NotFinite, Watch
 from autodo_dist.parallel import checkpoint, comm
 from autodo_dist.parallel.checkpoint_save import Saver
@@ -39,6 +40,8 @@ def train(config: Config) -> None:
     A finished run says so and changes nothing. AutodoError for whatever the user can mend, also where another run is
     under way in the folder.
     """
+    clock = Clock(psutil.Process().create_time())
+    clock.lap("imports")
     manifest = read_data(config)
     run_folder.check_same_run(config, manifest.checksum)
     place = comm.place()
@@ -47,30 +50,44 @@ def train(config: Config) -> None:
             print(f"run {config.folder} is finished, see its summary.json; another run.name starts another run")
         return
     torch.set_num_threads(config.train.threads)
+    repeatable(config.train.deterministic)
     run_folder.make(config.folder)
     with (
         comm.process_group(place, choose_device(config.train.device, place.local_rank)) as ranks,
         console(config.folder / "logs" / f"rank-{place.rank:05d}.log", ranks.main) as screen,
         run_lock.held(config.folder, config.launch.executor == "slurm", ranks) as lock,
     ):
-        begun = psutil.Process().create_time()
-        while fault := attempt(config, manifest, ranks, lock, screen, begun):
+        clock.lap("rendezvous")
+        while fault := attempt(config, manifest, ranks, lock, screen, clock):
             leave_out(config, fault, ranks)
-            begun = time.time()
+            clock = Clock(time.time())
+
+
+def repeatable(wanted: bool) -> None:
+    """Have torch take deterministic algorithms, and warn of an operator that has none; or stop having it do so.
+
+    Before this process uses a GPU: cuBLAS reads its variable once.
+    """
+    if wanted:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(wanted, warn_only=wanted)
 
 
 def attempt(
-    config: Config, manifest: Manifest, ranks: Ranks, lock: Lock, screen: Console | None, begun: float
+    config: Config, manifest: Manifest, ranks: Ranks, lock: Lock, screen: Console | None, clock: Clock
 ) -> Fault | None:
-    """Train from the newest complete checkpoint on, in whatever state this process is; it began at time `begun`.
+    """Train from the newest complete checkpoint on, in whatever state this process is.
 
     None at the end of the run, or the batch whose loss or gradient was not finite. Every rank must call this.
     """
     parts = build(config, manifest, ranks)
+    clock.lap("build")
     progress, sums = resume(config, parts, ranks)
     run_folder.describe(config, manifest.checksum, ranks.gather(run_folder.host()), ranks.main)
-    clock = Clock(progress.seconds)
-    clock.add("start", time.time() - begun)
+    clock.lap("restore")
+    parts_of_start = [f"{phase} {clock.seconds[phase]:.1f} s" for phase in START if phase in clock.seconds]
+    log.info("started: %s", ", ".join(parts_of_start))
+    clock.carry(progress.seconds)
     metrics = MetricsFile(config.folder / "metrics.jsonl", progress.lines) if ranks.main else None
     watch = Watch(parts.model, ranks)
     with (

@@ -19,6 +19,7 @@ from typing import Annotated, Any
 import typer
 
 from autodo_dist.errors import AutodoError
+from autodo_dist.metrics import START
 from benchmarks.runs import run_all, summary, write_rows
 
 DISTORTIONS = ((10, 0.1), (1, 0.4))  # imbalance ratio, label noise
@@ -92,10 +93,16 @@ def figures(summaries: dict[Cell, dict[str, Any]], jobs: int) -> list[dict[str, 
             rows.append(
                 {"name": name, "value": statistics.mean(values), "unit": "%", "bar": None, "holds": None} | spread
             )
-    seconds = sum(found["seconds_total"] - found.get("seconds", {}).get("start", 0.0) for found in summaries.values())
+    seconds = sum(map(working_seconds, summaries.values()))
     minutes = seconds / 60 / jobs
     rows.append({"name": "time", "value": minutes, "unit": "minutes", "bar": "<= 30", "holds": minutes <= 30})
     return rows
+
+
+def working_seconds(summary: dict[str, Any]) -> float:
+    """Seconds of a run without those of its starts."""
+    spent: dict[str, float] = summary["seconds"]
+    return sum(seconds for phase, seconds in spent.items() if phase not in START)
 
 
 def table(rows: Sequence[dict[str, Any]], seeds: int) -> str:

@@ -16,6 +16,8 @@ import psutil
 import pytest
 from test_train import assert_equal_states, lines, weights
 
+from autodo_dist.metrics import START
+
 ROOT = Path(__file__).parent.parent
 
 
@@ -45,7 +47,7 @@ def test_two_ranks_from_submit_to_evaluate(words: list[str], tmp_path: Path) -> 
     summary: dict[str, Any] = json.loads((folder / "summary.json").read_text())
     assert summary["epochs"] == 2
     assert summary["steps"] == 42
-    assert set(summary["seconds"]) == {"start", "data", "task", "hyper", "evaluation", "save"}
+    assert set(summary["seconds"]) == {*START, "data", "task", "hyper", "evaluation", "save"}
     assert summary["seconds_total"] == pytest.approx(sum(summary["seconds"].values()))
     assert list(summary["test_accuracy_per_class"]) == [str(digit) for digit in range(10)]
     environment = json.loads((folder / "environment.json").read_text())

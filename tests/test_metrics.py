@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import time
 from pathlib import Path
 
 import pytest
@@ -61,6 +62,6 @@ def test_a_log_on_a_full_disk_is_left_out_without_a_traceback(
 
 
 def test_an_item_that_is_none_does_not_end_the_waiting() -> None:
-    clock = Clock({})
+    clock = Clock(time.time())
     assert list(clock.waiting(iter([None, 1, None]))) == [None, 1, None]
     assert clock.seconds["data"] > 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import json
+import os
 import re
 import resource
 import shutil
@@ -419,6 +420,18 @@ def test_a_copy_beside_the_checkpoints_is_left_alone(run: dict[str, Any]) -> Non
 def test_a_diverged_run_stops(digits: Path, tmp_path: Path) -> None:
     with pytest.raises(AutodoError, match=r"step \d+: the .* not finite.*; lower optim\.lr .* or set train\.on_nonfi"):
         run_train(settings(digits, tmp_path, optim__lr=1e30, train__log_every=1))
+
+
+@pytest.mark.parametrize("wanted", [True, False])
+def test_deterministic_is_what_torch_is_asked_for(digits: Path, tmp_path: Path, wanted: bool) -> None:
+    """It stays as the newest run of a process wants it. On the CPU it changes no number."""
+    try:
+        run_train(settings(digits, tmp_path, train__deterministic=wanted, train__epochs=1, optim__warmup_epochs=0))
+        assert torch.are_deterministic_algorithms_enabled() == wanted
+        assert torch.is_deterministic_algorithms_warn_only_enabled() == wanted
+        assert not wanted or os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+    finally:
+        torch.use_deterministic_algorithms(False)
 
 
 def test_evaluate_says_that_there_is_no_test_part(tmp_path: Path) -> None:
