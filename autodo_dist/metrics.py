@@ -17,6 +17,8 @@ from rich.console import Console
 from rich.logging import RichHandler
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from autodo_dist.files import write_text
+
 T = TypeVar("T")
 log = logging.getLogger(__name__)
 
@@ -31,9 +33,7 @@ class MetricsFile:
         """Open for appending after the first `keep` lines; later ones belong to steps that will be done again."""
         kept = path.read_text().splitlines(keepends=True)[:keep] if path.is_file() else []
         self.lines = len(kept)
-        partial = path.with_suffix(".partial")
-        partial.write_text("".join(kept))
-        partial.replace(path)
+        write_text(path, "".join(kept))  # on the disk: a checkpoint counts these lines
         self._file, self._unwritten = path.open("ab", buffering=0), b""
 
     def write(self, row: dict[str, Any]) -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import logging
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
+from pydantic import ConfigDict, Field, NonNegativeInt, TypeAdapter, ValidationError
 
 from autodo_dist import nonfinite, run_folder
 from autodo_dist.build import Parts
@@ -20,22 +22,46 @@ from autodo_dist.steps import FIGURES
 log = logging.getLogger(__name__)
 
 
+Sums = Annotated[list[float], Field(min_length=len(FIGURES), max_length=len(FIGURES))]
+
+
 @dataclass
 class Progress:
-    """How far a run has come. Plain JSON, saved with every checkpoint."""
+    """How far a run has come. Plain JSON, saved with every checkpoint; `read_progress` takes it back."""
 
-    epoch: int = 0  # epochs done
+    __pydantic_config__ = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+    epoch: NonNegativeInt = 0  # epochs done
     pass_: Literal["hyper", "task"] = "hyper"  # of the present epoch; one without a hyper pass skips it
-    position: int = 0  # steps done in this pass
-    step: int = 0  # steps done in all, of both kinds
-    hyper_steps: int = 0  # steps that changed rows
-    lines: int = 0  # lines of metrics.jsonl
-    sums: list[list[float]] = field(default_factory=list)  # every rank's running sums since the last of those lines
+    position: NonNegativeInt = 0  # steps done in this pass
+    step: NonNegativeInt = 0  # steps done in all, of both kinds
+    hyper_steps: NonNegativeInt = 0  # steps that changed rows
+    lines: NonNegativeInt = 0  # lines of metrics.jsonl
+    sums: list[Sums] = field(default_factory=list)  # every rank's running sums since the last of those lines
     seconds: dict[str, float] = field(default_factory=dict)
     last: dict[str, Any] = field(default_factory=dict)  # newest evaluation
     best: dict[str, Any] = field(default_factory=dict)  # the evaluation with the best validation accuracy
     best_test: float | None = None  # the best test accuracy of all evaluations
-    left_out: list[Any] = field(default_factory=list)  # global batches, each as [epoch, pass_, position]
+    left_out: list[nonfinite.Place] = field(default_factory=list)  # global batches
+
+
+SAVED = TypeAdapter(Progress)
+
+
+def read_progress(found: dict[str, Any], path: Path) -> Progress:
+    """The progress that checkpoint `path` holds. AutodoError if it is not one that this version writes."""
+    faults = [f"{each.name}: missing" for each in fields(Progress) if each.name not in found]  # no default is right
+    try:
+        progress = SAVED.validate_json(json.dumps(found))
+    except ValidationError as error:
+        faults += [f"{ascii('.'.join(map(str, it['loc'])))[1:-1]}: {it['msg'].lower()}" for it in error.errors()]
+    if faults:
+        more = f" (and {len(faults) - 1} more)" if len(faults) > 1 else ""
+        raise AutodoError(
+            f"checkpoint {path}: its progress is not what this version writes ({faults[0][:200]}{more}); "
+            "go on with the version that wrote it, or start another run.name"
+        )
+    return progress
 
 
 def tensors(parts: Parts) -> dict[str, Any]:
@@ -53,7 +79,7 @@ def resume(config: Config, parts: Parts, ranks: Ranks) -> tuple[Progress, torch.
     """
     progress, sums = take_up(config, parts, ranks)
     since = ranks.from_main([fault.place for fault in nonfinite.recorded(config.folder)] if ranks.main else [])
-    progress.left_out += [list(place) for place in since if list(place) not in progress.left_out]
+    progress.left_out += [place for place in since if place not in progress.left_out]
     return progress, sums
 
 
@@ -64,7 +90,7 @@ def take_up(config: Config, parts: Parts, ranks: Ranks) -> tuple[Progress, torch
     if path is None:
         return (fork(config, parts, ranks) if config.run.fork else Progress()), sums
     state = tensors(parts)
-    progress = Progress(**checkpoint.restore(path, state, ranks))
+    progress = read_progress(checkpoint.restore(path, state, ranks), path)
     parts.engine.restore(state)
     if parts.hyper is not None:
         parts.hyper.parameters.restore(state["hyper"])
@@ -92,7 +118,7 @@ def fork(config: Config, parts: Parts, ranks: Ranks) -> Progress:
         raise AutodoError(f"run.fork = {config.run.fork}: other settings there ({'; '.join(changed)}); take them")
     path = checkpoint.existing(Path(run) / "checkpoints", int(step))
     state = parts.engine.state()
-    saved = Progress(**checkpoint.restore(path, state, ranks))
+    saved = read_progress(checkpoint.restore(path, state, ranks), path)
     if saved.pass_ != "hyper" or saved.position:
         raise AutodoError(f"run.fork = {config.run.fork}: inside an epoch; choose a checkpoint of an epoch's end")
     if saved.epoch >= config.train.epochs:

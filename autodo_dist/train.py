@@ -193,7 +193,7 @@ def shared_pass(run: Run) -> None:
 def batches(run: Run, loader: Loader) -> Iterator[Batch | None]:
     """The rest of a pass, None in place of a batch that is left out: it counts as a step that changes nothing."""
     progress = run.progress
-    here = {place[2] for place in progress.left_out if place[:2] == [progress.epoch, progress.pass_]}
+    here = {place[2] for place in progress.left_out if place[:2] == (progress.epoch, progress.pass_)}
     return nonfinite.without(loader.batches(progress.epoch, progress.position), progress.position, here)
 
 

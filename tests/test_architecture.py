@@ -32,7 +32,7 @@ ALLOWED = {
         "autodo_dist.parallel",
     ),
     "autodo_dist.models": ("autodo_dist.errors",),
-    "autodo_dist.metrics": (),
+    "autodo_dist.metrics": ("autodo_dist.files",),
     "autodo_dist": ("autodo_dist",),
     "launcher": ("launcher", "autodo_dist"),
     "benchmarks": ("autodo_dist",),

@@ -27,6 +27,7 @@ from hypothesis import HealthCheck, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from ranks import RankPool
+from test_crashes import model_and_table
 from test_rows_command import kilobytes, save_table
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata, MetadataIndex
@@ -36,7 +37,7 @@ from autodo_dist.cli import app
 from autodo_dist.errors import AutodoError
 from autodo_dist.files import read_json, sha256, write_json
 from autodo_dist.parallel import checkpoint, checkpoint_save, comm
-from autodo_dist.parallel.checkpoint_header import FORMAT
+from autodo_dist.parallel.checkpoint_header import FORMAT, write_header
 from autodo_dist.parallel.checkpoint_metadata import read_metadata
 from autodo_dist.parallel.checkpoint_rows import RowReader
 from autodo_dist.parallel.engine import DdpEngine
@@ -199,9 +200,16 @@ def test_another_type_or_shape_or_name_does_not_fit(made: Path) -> None:
 
 def reseal(path: Path, **header: Any) -> None:
     """Make checkpoint.json agree with the files as they are now."""
-    old = read_json(path / "checkpoint.json")
-    files = {name: {"size": (path / name).stat().st_size, "sha256": sha256(path / name)} for name in old["files"]}
-    write_json(path / "checkpoint.json", old | {"files": files} | header)
+    names = read_json(path / "checkpoint.json")["files"]
+    files = {name: {"size": (path / name).stat().st_size, "sha256": sha256(path / name)} for name in names}
+    put_header(path, {"files": files} | header)
+
+
+def put_header(path: Path, changes: dict[str, Any]) -> None:
+    """Lay these fields over checkpoint.json, whose own checksum is right then."""
+    header = read_json(path / "checkpoint.json") | changes
+    header.pop("sha256", None)
+    write_header(path, header)
 
 
 def put_metadata(path: Path, raw: bytes) -> None:
@@ -430,7 +438,7 @@ def test_names_that_leave_the_folder_are_refused(path: Path, tmp_path: Path, nam
     (tmp_path / "run" / "secret").write_bytes((path / "__0_0.distcp").read_bytes())
     header = read_json(path / "checkpoint.json")
     facts = header["files"]["__0_0.distcp"]
-    write_json(path / "checkpoint.json", header | {"files": header["files"] | {name: facts}})
+    put_header(path, {"files": header["files"] | {name: facts}})
     assert_refused(path, r"checkpoint.json names '.*', no file that a save writes")
     write_json(path / "checkpoint.json", header)
     changed(
@@ -538,7 +546,7 @@ def save_where_one_rank_fails(root: Path, which: str) -> str:
         failing = {
             "begin": patch.object(Path, "mkdir", side_effect=full if ranks.main else None),
             "facts": patch.object(checkpoint_save, "sha256", side_effect=full if not ranks.main else sha256),
-            "finish": patch.object(checkpoint_save, "write_json", side_effect=full),
+            "finish": patch.object(checkpoint_save, "write_header", side_effect=full),
         }
         with failing[which], pytest.raises(AutodoError) as caught:
             checkpoint_save.save(root, 1, state, {}, ranks)
@@ -579,7 +587,7 @@ def test_a_name_that_would_write_to_the_terminal_is_refused(path: Path) -> None:
     ],
 )
 def test_headers_that_lie_are_refused(path: Path, header: dict[str, Any], words: str) -> None:
-    write_json(path / "checkpoint.json", read_json(path / "checkpoint.json") | header)
+    put_header(path, header)
     assert_refused(path, words)
 
 
@@ -603,7 +611,7 @@ def test_a_resume_refuses_a_newer_format_and_leaves_it(path: Path, caplog: pytes
     older = path.with_name("step-00000002")
     shutil.copytree(path, older)
     reseal(older, step=2)
-    write_json(path / "checkpoint.json", read_json(path / "checkpoint.json") | {"format": 99})
+    put_header(path, {"format": 99})
     with pytest.raises(AutodoError, match=r"format 99 is newer.*update the program"):
         newest(root)
     assert path.is_dir()
@@ -614,6 +622,68 @@ def test_a_resume_refuses_a_newer_format_and_leaves_it(path: Path, caplog: pytes
     assert "passed over and renamed to step-00000003.broken" in caplog.text
     assert not path.exists()
     assert not (root / "ran").exists()
+
+
+def save_two(root: Path) -> None:
+    """Checkpoints 3 and 4, whose values are 3 and 4."""
+    with comm.process_group(comm.place(), CPU) as ranks:
+        for step in (3, 4):
+            progress = {"step": step, "seconds": {"task": 1.5}, "last": {"kind": "evaluation", "accuracy": 3e-7}}
+            checkpoint_save.save(root, step, model_and_table(float(step), ranks), progress, ranks)
+
+
+def taken_up(roots: list[Path]) -> list[set[float]]:
+    """All values of the tensors, after a resume from each of these folders."""
+    values = []
+    with comm.process_group(comm.place(), CPU) as ranks:
+        for root in roots:
+            state = model_and_table(0.0, ranks)
+            path = checkpoint.newest(root, ranks)
+            assert path is not None
+            checkpoint.restore(path, state, ranks)
+            values.append(
+                {*state["model"]["weight"].flatten().tolist(), *state["rows"]["value"].to_local().flatten().tolist()}
+            )
+    return values
+
+
+def test_damage_of_any_file_of_the_newest_checkpoint_is_found(pool: RankPool, tmp_path: Path) -> None:
+    """The file is named, and the checkpoint before is taken up."""
+    whole = tmp_path / "whole" / "checkpoints"
+    pool.run(2, save_two, whole)
+    names = sorted(file.name for file in checkpoint.folder(whole, 4).iterdir())
+    assert names == [".metadata", "__0_0.distcp", "__1_0.distcp", "checkpoint.json"]
+    roots = [whole]
+    for name in names:
+        raw = (checkpoint.folder(whole, 4) / name).read_bytes()
+        damaged: list[bytes | None] = [None, raw[:-1], raw[: len(raw) // 2], b"", raw + b"\0"]
+        damaged += [flipped(raw, 8 * place + place % 8) for place in (0, len(raw) // 2, len(raw) - 1)]
+        for number, data in enumerate(damaged):
+            roots.append(Path(shutil.copytree(whole, tmp_path / f"{name}-{number}" / "checkpoints")))
+            file = checkpoint.folder(roots[-1], 4) / name
+            file.unlink() if data is None else file.write_bytes(data)
+            assert str(checkpoint.check(file.parent)).startswith(f"{name} ")
+    assert len(roots) == 1 + 4 * 8
+    for mine in pool.run(2, taken_up, roots):
+        assert mine == [{4.0}] + [{3.0}] * (len(roots) - 1)
+    for root in roots[1:]:
+        assert [path.name for path in sorted(root.iterdir())] == ["step-00000003", "step-00000004.broken"]
+
+
+def flipped(raw: bytes, bit: int) -> bytes:
+    return raw[: bit // 8] + bytes([raw[bit // 8] ^ 1 << bit % 8]) + raw[bit // 8 + 1 :]
+
+
+def test_any_flipped_bit_of_checkpoint_json_is_found(path: Path) -> None:
+    """No other file holds its checksum. Among them are digits of the progress, and of the format."""
+    file = path / "checkpoint.json"
+    raw = file.read_bytes()
+    for bit in range(8 * len(raw)):
+        file.write_bytes(flipped(raw, bit))
+        found = str(checkpoint.check(path))
+        assert re.match(r"checkpoint.json is (not what was written \(checksum\)$|unreadable)", found), (bit, found)
+    file.write_bytes(raw)
+    assert checkpoint.check(path) is None
 
 
 @given(data=st.data())

@@ -18,9 +18,10 @@ from typer.testing import CliRunner, Result
 
 from autodo_dist.cli import app
 from autodo_dist.errors import AutodoError
-from autodo_dist.files import read_json, write_json
+from autodo_dist.files import read_json
 from autodo_dist.parallel import checkpoint, checkpoint_diff, checkpoint_save, comm
 from autodo_dist.parallel.checkpoint_diff import TensorDifference, differences
+from autodo_dist.parallel.checkpoint_header import write_header
 from autodo_dist.parallel.checkpoint_rows import RowReader
 from autodo_dist.parallel.row_table import RowTable
 
@@ -103,8 +104,8 @@ def test_verify(run: Path) -> None:
 def test_verify_finds_any_damage_and_names_the_file(run: Path, name: str, damage: str) -> None:
     file = of(run, 50) / name
     if damage == "flip":
-        raw = file.read_bytes()  # a digit of a checksum, in checkpoint.json
-        place = raw.index(b'"sha256": "') + 11 if name == "checkpoint.json" else len(raw) // 2
+        raw = file.read_bytes()
+        place = len(raw) // 2
         file.write_bytes(raw[:place] + bytes([raw[place] ^ 1]) + raw[place + 1 :])
     elif damage == "cut":
         file.write_bytes(file.read_bytes()[:-10])
@@ -112,14 +113,14 @@ def test_verify_finds_any_damage_and_names_the_file(run: Path, name: str, damage
         file.unlink()
     with pytest.raises(AutodoError, match="step-00000050") as caught:
         said("verify", run)
-    expected = "distcp|metadata" if (name, damage) == ("checkpoint.json", "flip") else name
-    assert re.search(f"step-00000050: .*({expected})", str(caught.value))
+    assert f"step-00000050: {name} " in str(caught.value)
 
 
 def test_equal_checkpoints(run: Path, five: Path) -> None:
     """Whatever their wall-clock times were."""
     header = read_json(of(run, 20) / "checkpoint.json")
-    write_json(of(run, 20) / "checkpoint.json", header | {"progress": header["progress"] | {"seconds": {"task": 9.9}}})
+    del header["sha256"]
+    write_header(of(run, 20), header | {"progress": header["progress"] | {"seconds": {"task": 9.9}}})
     assert said("diff", f"{run}@20", f"{five}@20") == "equal: 1 tensors, and the progress\n"
     assert said("diff", run, f"{five}@50") == "equal: 1 tensors, and the progress\n"  # the newest
 

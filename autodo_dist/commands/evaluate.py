@@ -45,8 +45,8 @@ def evaluate_checkpoint(run: Path, step: int | None, data: Path | str | None) ->
         if path is None:
             raise AutodoError(f"run {run}: has no checkpoint yet")
         model = build.build_classifier(config, len(manifest.classes), ranks.device)
-        progress = checkpoint.restore(path, {"model": model.state_dict()}, ranks)
+        checkpoint.restore(path, {"model": model.state_dict()}, ranks)
         loaders = build_data.build_loaders(config, manifest, build_data.build_split(config, manifest), ranks)
         found = evaluate(model, loaders.test, manifest.classes, build.DTYPES[config.train.precision], ranks)
         loaders.dropped.check(len(loaders.dropped.why))
-        return {"step": progress["step"], "dropped": len(loaders.dropped.why)} | found
+        return {"step": checkpoint.step_of(path), "dropped": len(loaders.dropped.why)} | found

@@ -1,20 +1,23 @@
 """checkpoint.json, read without trusting it: format, step, progress, and which files a checkpoint consists of.
 
-Only files that a save writes may be named, and neither they nor their folder may be links out of the run's folder:
-that is looked at before any of them is opened.
+It holds the SHA-256 of every other file and of what it says itself, so that a flipped bit in any of them is found. Only
+files that a save writes may be named, and neither they nor their folder may be links out of the run's folder: that is
+looked at before any of them is opened.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeGuard
 
+from autodo_dist.files import write_text
 from autodo_dist.parallel.checkpoint_metadata import LayoutError, read_small
 
-FORMAT = 2  # 1 stored the optimizer's settings as pickles beside its tensors
+FORMAT = 3  # 1 stored the optimizer's settings as pickles beside its tensors; 2 had no SHA-256 of checkpoint.json
 FILE_NAME = re.compile(r"\.metadata|__\d+_\d+\.distcp", re.ASCII)
 
 
@@ -32,21 +35,44 @@ class Header:
     sha256: dict[str, str]
 
 
+def write_header(path: Path, header: dict[str, Any]) -> None:
+    """Write checkpoint.json into the folder `path`, whole and for good, with the SHA-256 of what it says."""
+    write_text(path / "checkpoint.json", _sealed(header))
+
+
+def _sealed(header: dict[str, Any]) -> str:
+    """The text of checkpoint.json; its last field is the SHA-256 of the text without it."""
+    digest = hashlib.sha256(json.dumps(header, indent=1).encode()).hexdigest()
+    return json.dumps(header | {"sha256": digest}, indent=1) + "\n"
+
+
 def read_header(path: Path) -> Header:
     """The header of the checkpoint in folder `path`. LayoutError if it is not one, or names files outside the run."""
     run = path.parent.parent
     require_inside(path, run)
     try:
         require_inside(path / "checkpoint.json", run)
-        value = json.loads(read_small(path / "checkpoint.json"))
+        raw = read_small(path / "checkpoint.json")
+        value = json.loads(raw)
+        whole = _as_written(value, raw)
     except (OSError, ValueError, RecursionError) as error:
         raise LayoutError(f"checkpoint.json is unreadable ({type(error).__name__}: {ascii(str(error))[:80]})") from None
+    if not whole:
+        raise LayoutError("checkpoint.json is not what was written (checksum)")
     header = _header(value)
     if path.name != f"step-{header.step:08d}":
         raise LayoutError(f"checkpoint.json is that of step {header.step}")
     for name in header.sizes:
         require_inside(path / name, run)
     return header
+
+
+def _as_written(value: Any, raw: bytes) -> bool:
+    """Whether checkpoint.json is as `write_header` wrote it, to the byte. Formats 1 and 2 were not; later ones are."""
+    fields = value if isinstance(value, dict) else {}
+    if "sha256" not in fields and not (_counts(written := fields.get("format")) and written > 2):
+        return True
+    return raw == _sealed({name: field for name, field in fields.items() if name != "sha256"}).encode()
 
 
 def _header(value: Any) -> Header:

@@ -23,9 +23,9 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
 from autodo_dist.errors import AutodoError
-from autodo_dist.files import sha256, sync, write_json
+from autodo_dist.files import sha256, sync
 from autodo_dist.parallel.checkpoint import complete, folder, leaves, prune, reason
-from autodo_dist.parallel.checkpoint_header import FORMAT
+from autodo_dist.parallel.checkpoint_header import FORMAT, write_header
 from autodo_dist.parallel.comm import Ranks
 
 log = logging.getLogger(__name__)
@@ -141,7 +141,7 @@ def _write(
     def finish() -> None:
         files = {name: facts for part in written for name, facts in part.items()}
         header = {"format": FORMAT, "step": step, "progress": progress, "files": files}
-        write_json(partial / "checkpoint.json", header)  # and with it every name in this folder is on the disk
+        write_header(partial, header)  # and with it every name in this folder is on the disk
         shutil.rmtree(final, ignore_errors=True)
         os.replace(partial, final)
         sync(final.parent)
