@@ -123,6 +123,7 @@ def build_loaders(config: Config, manifest: Manifest, split: Split, ranks: Ranks
         ranks=ranks.ranks,
         crop=crop,
         device=ranks.device,
+        most_steps=config.train.steps_per_pass,
     )
     batch = config.train.batch_size
     # A small validation part is one batch; without any, the run learns nothing and this loader is not used.

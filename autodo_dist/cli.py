@@ -13,11 +13,13 @@ from autodo_dist.commands import checkpoint, pack
 from autodo_dist.commands.doctor import doctor
 from autodo_dist.commands.evaluate import evaluate
 from autodo_dist.commands.plan import plan
+from autodo_dist.commands.prove import prove_resume
 from autodo_dist.commands.rows import rows
 from autodo_dist.commands.split import split
 from autodo_dist.config import load_config
 from autodo_dist.config import settings as all_settings
 from autodo_dist.errors import AutodoError
+from autodo_dist.thread_name import show
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -30,6 +32,7 @@ app.add_typer(checkpoint.app, name="checkpoint")
 app.command()(evaluate)
 app.command()(plan)
 app.command()(doctor)
+app.command()(prove_resume)
 app.command()(rows)
 app.command()(split)
 
@@ -46,6 +49,7 @@ def train(
 
     `autodo settings` lists every setting with its unit and default.
     """
+    show("start")
     from autodo_dist.train import train  # imports torch, which the other commands can do without
 
     train(load_config(config, [*(overrides or []), *([f"run.fork={fork}"] if fork else [])]))

@@ -231,6 +231,12 @@ class Optim(Section):
 class Train(Section):
     epochs: int = Field(200, ge=1, description="passes over the train part")
     batch_size: int = Field(256, ge=1, description="pictures in a global batch, whatever the number of ranks")
+    steps_per_pass: int | None = Field(
+        None,
+        ge=1,
+        description="only the first so many global batches of every pass, of evaluations too, to try a configuration "
+        "out; schedules follow the shorter epochs. null: all",
+    )
     seed: int = Field(0, ge=0, lt=2**63, description="seed of start weights, order and crops")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: cuda where there is a GPU")
     precision: Literal["fp32", "fp64"] = Field("fp32", description="of model and pictures; fp64: to compare runs")

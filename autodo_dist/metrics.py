@@ -7,7 +7,7 @@ import logging
 import resource
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
@@ -18,6 +18,7 @@ from rich.logging import RichHandler
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from autodo_dist.files import write_text
+from autodo_dist.thread_name import show
 
 T = TypeVar("T")
 log = logging.getLogger(__name__)
@@ -57,11 +58,15 @@ START = ("imports", "rendezvous", "build", "restore")  # the phases of a start, 
 class Clock:
     """Seconds spent in each phase of a run: those of START, data, task, hyper, evaluation, save.
 
-    A start began at time `begun`; what earlier ones took comes from the checkpoint (`carry`).
+    A start began at time `begun`; what earlier ones took comes from the checkpoint (`carry`). The main thread, on which
+    it is used, is named by phase and `steps` done.
     """
+
+    steps: Callable[[], int | None]
 
     def __init__(self, begun: float) -> None:
         self.seconds: dict[str, float] = {}
+        self.steps = lambda: None  # until there is a run
         self._lap = begun
 
     def lap(self, phase: str) -> None:
@@ -82,6 +87,7 @@ class Clock:
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
         """Count the time of the block to phase `name`."""
+        show(name, self.steps())
         start = time.perf_counter()
         try:
             yield

@@ -73,6 +73,7 @@ class Workload:
     footprint: Footprint
     batch_size: int
     epochs: int
+    steps_per_pass: int | None = None
     bytes_per_number: int = 4
     momentum: bool = True
     learns: bool = False
@@ -223,6 +224,7 @@ def plan(work: Workload, cluster: Cluster) -> Plan:
     after: tuple[Step, ...] = before if not work.learns else ("shared",) if work.way == "shared" else ("hyper", "task")
     steps = {step: step_plan(work, cluster, step) for step in dict.fromkeys([*before, *after])}
     count = work.train_samples // work.batch_size
+    count = count if work.steps_per_pass is None else min(count, work.steps_per_pass)
     seconds = [count * sum(steps[step].seconds for step in passes) for passes in (before, after)]
     first = min(work.start_epoch, work.epochs) if work.learns else work.epochs
     parts = memory(work, cluster.ranks)

@@ -34,6 +34,9 @@ class Run:
     lock: Lock
     saver: Saver
 
+    def __post_init__(self) -> None:
+        self.clock.steps = lambda: self.progress.step
+
     @property
     def steps_done(self) -> int:
         """The schedule's time: steps up to here of one pass an epoch, whether all were made or not."""

@@ -21,6 +21,7 @@ from typing import Any, Literal, NoReturn
 from autodo_dist.config import check_config, load_config
 from autodo_dist.errors import AutodoError
 from autodo_dist.files import write_json
+from autodo_dist.thread_name import show
 
 _LONGEST_MESSAGE = 500  # characters; torch's errors can fill pages, and the traceback keeps them whole
 
@@ -45,6 +46,7 @@ class Job:
 
     def __call__(self) -> None:
         """Train as this process's environment says (SLURM_PROCID and so on); a failure ends the process."""
+        show("start")
         faulthandler.enable()  # a segmentation fault leaves its stack in the rank's log
         config = check_config(self.settings, "of the job")
         try:

@@ -15,6 +15,7 @@ ALLOWED = {
     "autodo_dist.ports": ("autodo_dist.errors",),
     "autodo_dist.urls": ("autodo_dist.errors",),
     "autodo_dist.operations": (),
+    "autodo_dist.thread_name": (),
     "autodo_dist.config": ("autodo_dist.errors", "autodo_dist.operations", "autodo_dist.urls"),
     "autodo_dist.data": (
         "autodo_dist.errors",
@@ -32,7 +33,7 @@ ALLOWED = {
         "autodo_dist.parallel",
     ),
     "autodo_dist.models": ("autodo_dist.errors",),
-    "autodo_dist.metrics": ("autodo_dist.files",),
+    "autodo_dist.metrics": ("autodo_dist.files", "autodo_dist.thread_name"),
     "autodo_dist": ("autodo_dist",),
     "launcher": ("launcher", "autodo_dist"),
     "benchmarks": ("autodo_dist",),

@@ -208,6 +208,28 @@ def test_resume_of_a_shared_pass_is_bit_exact(
     assert (folder / "labels.csv").read_text() == labels
 
 
+def test_shortened_passes(pool: RankPool, digits: Path, tmp_path: Path) -> None:
+    """Two global batches of each: 2 task, 2 hyper and 2 task steps, the lr at its peak after one such epoch."""
+    tree = learning(digits, tmp_path, train__steps_per_pass=2, checkpoint__every_steps=3, train__log_every=1)
+    folder = pool.run(2, run_train, tree)[0]
+    final, metrics = weights(folder, 6), lines(folder)
+    assert [(row["kind"], row["step"]) for row in metrics] == [
+        *[("task", 1), ("task", 2), ("evaluation", 2)],
+        *[("hyper", 3), ("hyper", 4), ("task", 5), ("task", 6), ("evaluation", 6)],
+    ]
+    assert [row["lr"] for row in metrics if row["kind"] == "task"] == pytest.approx([0.025, 0.05, 0.05, 0.025])
+    assert [row["epoch"] for row in metrics if row["kind"] == "task"] == [0.5, 1, 1.5, 2]
+    evaluation = metrics[-1]
+    assert (evaluation["validation_pictures"], evaluation["test_pictures"]) == (200, 200)
+    cut_back(folder, 3)
+    pool.run(2, run_train, tree)
+    assert_equal_states(weights(folder, 6), final)
+    assert lines(folder) == metrics
+    (folder / "summary.json").unlink()
+    with pytest.raises(RankError, match=r"other settings \(train\.steps_per_pass: 2 -> None\)"):
+        pool.run(1, run_train, learning(digits, tmp_path, checkpoint__every_steps=3, train__log_every=1))
+
+
 def test_resume_on_another_number_of_ranks(pool: RankPool, digits: Path, tmp_path: Path) -> None:
     check_four_ranks_then_three(pool, learning(digits, tmp_path, train__precision="fp64"), cut=10, last=18)
 

@@ -114,6 +114,23 @@ def test_a_resume_at_any_position_gives_the_rest(manifest: Manifest, train_ids: 
         assert torch.equal(got.images_BCHW, expected.images_BCHW)
 
 
+@pytest.mark.parametrize("pass_", ["task", "validation", "evaluation"])
+def test_a_shortened_pass_is_the_first_batches_of_the_whole_one(
+    manifest: Manifest, train_ids: np.ndarray, pass_: order.Pass
+) -> None:
+    whole, short = (make(manifest, train_ids, pass_=pass_, most_steps=most) for most in (None, 3))
+    assert (short.steps, make(manifest, train_ids, most_steps=9).steps) == (3, 5)
+    batches = list(short.batches(epoch=2))
+    assert len(batches) == 3
+    for got, expected in zip(batches, whole.batches(epoch=2), strict=False):
+        assert torch.equal(got.ids_B, expected.ids_B)
+        assert torch.equal(got.images_BCHW, expected.images_BCHW)
+    assert batches[-1].next_ids_B is None
+    (last,) = short.batches(epoch=2, start=2)
+    assert torch.equal(last.ids_B, batches[2].ids_B)
+    assert list(short.batches(epoch=2, start=3)) == []
+
+
 def test_a_pass_left_early_leaves_nothing_behind(manifest: Manifest, train_ids: np.ndarray) -> None:
     loader = make(manifest, train_ids)
     for _ in loader.batches(epoch=0):

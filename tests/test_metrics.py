@@ -1,9 +1,10 @@
-"""metrics.jsonl and logs on a disk that is full for a while: the run goes on, and no line of metrics is lost."""
+"""metrics.jsonl and logs on a disk that is full for a while: no line is lost. What a rank shows of its phase."""
 
 from __future__ import annotations
 
 import json
 import logging
+import threading
 import time
 from pathlib import Path
 
@@ -65,3 +66,22 @@ def test_an_item_that_is_none_does_not_end_the_waiting() -> None:
     clock = Clock(time.time())
     assert list(clock.waiting(iter([None, 1, None]))) == [None, 1, None]
     assert clock.seconds["data"] > 0
+
+
+def test_a_thread_shows_phase_and_step() -> None:
+    """Linux keeps fifteen characters: a number that does not fit whole is left out."""
+    shown = []
+
+    def work() -> None:
+        comm = Path(f"/proc/self/task/{threading.get_native_id()}/comm")
+        for name, step in (("start", None), ("hyper", 0), ("task", 1200), ("evaluation", 9999), ("evaluation", 12345)):
+            clock = Clock(time.time())
+            if step is not None:
+                clock.steps = lambda step=step: step
+            with clock.phase(name):
+                shown.append(comm.read_text().strip())
+
+    thread = threading.Thread(target=work)  # pytest keeps its own name
+    thread.start()
+    thread.join()
+    assert shown == ["start", "hyper 0", "task 1200", "evaluation 9999", "evaluation"]

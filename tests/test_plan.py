@@ -130,11 +130,11 @@ def travelling(work: Workload, local: float, ranks: int) -> list[Collective]:
     return [call for call in both if call.kind == "all_to_all"]
 
 
-def settings(batch: int, learn: dict[str, Any], hyper: dict[str, Any], model: str = "convnet") -> Config:
+def settings(batch: int, learn: dict[str, Any], hyper: dict[str, Any], model: str = "convnet", **train: Any) -> Config:
     tree = {
         "data": {"root": ".", "image_size": 16},
         "model": {"name": model},
-        "train": {"batch_size": batch},
+        "train": {"batch_size": batch} | train,
         "learn": learn,
         "hyper": hyper,
     }
@@ -437,6 +437,13 @@ def test_the_command(tmp_path: Path) -> None:
     small = CliRunner().invoke(app, [*words, *sizes, "--memory", "0.001"])
     assert small.exit_code == 1
     assert "does not fit: device memory" in small.output
+
+
+def test_a_shortened_pass() -> None:
+    """Fewer steps than the data gives, or all of those."""
+    assert plan(replace(WORK, steps_per_pass=4), CLUSTER).steps_per_pass == 4
+    assert plan(replace(WORK, steps_per_pass=99), CLUSTER).steps_per_pass == 15
+    assert workload(settings(64, {}, {}, steps_per_pass=4), Sizes(500, 40, 10), CLUSTER).steps_per_pass == 4
 
 
 def test_the_command_reads_a_packed_data_set(tmp_path: Path, digits: Path) -> None:

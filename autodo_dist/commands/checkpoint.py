@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import time
 from pathlib import Path
@@ -18,7 +17,6 @@ if TYPE_CHECKING:  # it imports torch, which the other commands can do without
 app = typer.Typer(no_args_is_help=True, help="List, verify, compare, export and prune the checkpoints of a run.")
 
 Run = Annotated[Path, typer.Argument(metavar="RUN", help="run folder, e.g. runs/digits")]
-MEASURED = ("seconds",)  # of progress: wall-clock times, which no two runs share
 
 
 @app.command("list")
@@ -89,26 +87,16 @@ def diff(
     For each tensor that differs: how many elements, the largest |a - b| and the largest |a - b| / max(|a|, |b|).
     Seconds that were measured are left out.
     """
-    from autodo_dist.parallel import checkpoint
-    from autodo_dist.parallel.checkpoint_diff import differences
+    from autodo_dist.parallel.checkpoint_diff import differences, progress_differences
 
     left, right = open_checkpoint(a), open_checkpoint(b)
     equal = True
     for it in differences(left, right):
         equal = False
-        numbers = (
-            f"{it.elements} of {it.total} differ, by at most {it.max_absolute:.3g}, relative {it.max_relative:.3g}"
-        )
-        typer.echo(f"{it.name}: {it.what or numbers}")
-    try:
-        progress = [dict(checkpoint.leaves(reader.header.progress)) for reader in (left, right)]
-    except RecursionError:
-        raise AutodoError(f"diff {a} {b}: progress in checkpoint.json is nested too deeply to be a run's") from None
-    for name in sorted({*progress[0], *progress[1]}):
-        values = [json.dumps(found.get(name))[:80] for found in progress]
-        if progress[0].get(name) != progress[1].get(name) and name.partition(".")[0] not in MEASURED:
-            equal = False
-            typer.echo(f"progress {ascii(name)[1:-1][:80]}: {values[0]} against {values[1]}")
+        typer.echo(str(it))
+    for line in progress_differences(left, right):
+        equal = False
+        typer.echo(line)
     if not equal:
         raise typer.Exit(1)
     typer.echo(f"equal: {len(left.names)} tensors, and the progress")

@@ -145,6 +145,7 @@ def workload(config: Config, sizes: Sizes, cluster: Cluster) -> Workload:
         footprint=foot,
         batch_size=batch,
         epochs=config.train.epochs,
+        steps_per_pass=config.train.steps_per_pass,
         bytes_per_number=dtype.itemsize,
         momentum=config.optim.momentum > 0,
         learns=learn.anything,

@@ -112,6 +112,7 @@ class Loader:
     A picture that does not decode is dropped from its batch, on whichever rank and in whichever pass it comes up; the
     batch is then smaller by one, and all others stay as they are. `pixels` is made for the most pictures of a part. A
     `policy` draws from a picture's stream after its window and `draws`, so that without it these are the same.
+    `most_steps` cuts every pass off after so many global batches.
     """
 
     def __init__(
@@ -131,12 +132,14 @@ class Loader:
         device: torch.device,
         draws: int = 0,
         policy: Policy | None = None,
+        most_steps: int | None = None,
     ) -> None:
         self.shards, self.dropped, self.ids, self.pass_, self.seed, self.crop = shards, dropped, ids, pass_, seed, crop
         self.batch_size, self.rank, self.ranks, self.device, self.draws = batch_size, rank, ranks, device, draws
         self.policy = policy
         self.shuffled, self.random_crop = pass_ != "evaluation", pass_ in ("task", "hyper")
-        self.steps = order.steps_per_pass(len(ids), batch_size, drop_last=self.shuffled)
+        steps = order.steps_per_pass(len(ids), batch_size, drop_last=self.shuffled)
+        self.steps = steps if most_steps is None else min(steps, most_steps)
         self._label_N = torch.from_numpy(label_N.astype(np.int64))
         self._pixels = pixels(-(-batch_size // ranks))
 

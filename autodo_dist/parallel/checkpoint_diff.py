@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 
+from autodo_dist.errors import AutodoError
+from autodo_dist.parallel.checkpoint import leaves
 from autodo_dist.parallel.checkpoint_rows import RowReader
 
 BLOCK = 1 << 24  # bytes of a tensor that are looked at together
+MEASURED = ("seconds",)  # of progress: wall-clock times, which no two runs share
 
 
 @dataclass(frozen=True)
@@ -28,6 +33,13 @@ class TensorDifference:
     max_absolute: float = 0.0
     max_relative: float = 0.0
 
+    def __str__(self) -> str:
+        numbers = (
+            f"{self.elements} of {self.total} differ, by at most {self.max_absolute:.3g}, "
+            f"relative {self.max_relative:.3g}"
+        )
+        return f"{self.name}: {self.what or numbers}"
+
 
 def differences(a: RowReader, b: RowReader) -> Iterator[TensorDifference]:
     """The tensors that are not equal to the bit, by name."""
@@ -39,6 +51,33 @@ def differences(a: RowReader, b: RowReader) -> Iterator[TensorDifference]:
             yield TensorDifference(name, what=f"{described} against {other}")
         elif (found := _compare(a, b, name)).elements:
             yield found
+
+
+def progress_differences(a: RowReader, b: RowReader) -> Iterator[str]:
+    """What two checkpoints say otherwise of how far their run has come, a line each; times are left out.
+
+    AutodoError for what no run writes.
+    """
+    try:
+        left, right = (dict(leaves(reader.header.progress)) for reader in (a, b))
+    except RecursionError:
+        raise AutodoError(
+            f"progress of {a.path} or {b.path}: nested too deeply to be a run's; choose another checkpoint"
+        ) from None
+    for name in sorted({*left, *right}):
+        if left.get(name) != right.get(name) and name.partition(".")[0] not in MEASURED:
+            values = [json.dumps(found.get(name))[:80] for found in (left, right)]
+            yield f"progress {ascii(name)[1:-1][:80]}: {values[0]} against {values[1]}"
+
+
+def digest(reader: RowReader) -> str:
+    """SHA-256 of all tensors of a checkpoint, by name: name, type, shape and bytes. It does not depend on the ranks."""
+    found = hashlib.sha256()
+    for name in reader.names:
+        found.update(f"{name} {_described(reader, name)}\n".encode())
+        for start, stop in reader.blocks(name, BLOCK):
+            found.update(reader.between(name, start, stop).reshape(-1).view(torch.uint8).numpy().data)
+    return found.hexdigest()
 
 
 def _described(reader: RowReader, name: str) -> str:
