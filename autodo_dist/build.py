@@ -11,6 +11,7 @@ from typing import Literal
 import psutil
 import torch
 
+from autodo_dist.average import Average
 from autodo_dist.build_data import (
     Loaders,
     build_loaders,
@@ -31,9 +32,11 @@ from autodo_dist.method.hypergrad import Objective, Pictures
 from autodo_dist.method.rmsprop import Rmsprop
 from autodo_dist.method.schedule import warmup_cosine
 from autodo_dist.models import Classifier, build_model
+from autodo_dist.parallel import checkpoint
 from autodo_dist.parallel.comm import Ranks
 from autodo_dist.parallel.engine import DdpEngine
 from autodo_dist.plan import check_memory
+from autodo_dist.weights import load_weights
 
 log = logging.getLogger(__name__)
 DTYPES = {"fp32": torch.float32, "fp64": torch.float64}
@@ -72,6 +75,18 @@ class Parts:
     objective: Objective
     pictures: Pictures
     hyper: Hyper | None
+    average: Average | None
+
+    @property
+    def evaluated(self) -> Classifier:
+        """The model that evaluations are of: the average where there is one."""
+        return self.model if self.average is None else self.average.module
+
+    def share_buffers(self) -> None:
+        """Give every rank rank 0's statistics, of model and average. Every rank must call this."""
+        self.engine.share_buffers()
+        if self.average is not None:
+            self.average.share_buffers()
 
 
 def build(config: Config, manifest: Manifest, ranks: Ranks) -> Parts:
@@ -91,6 +106,8 @@ def build(config: Config, manifest: Manifest, ranks: Ranks) -> Parts:
         total=config.train.epochs * loaders.task.steps,
     )
     model = build_classifier(config, len(manifest.classes), ranks.device)
+    if config.model.init_from is not None and not checkpoint.complete(config.folder / "checkpoints"):
+        load_weights(model, config.model.init_from)
     parts = Parts(
         manifest=manifest,
         model=model,
@@ -103,9 +120,11 @@ def build(config: Config, manifest: Manifest, ranks: Ranks) -> Parts:
             batch_size=config.train.batch_size,
             normalise=config.learn.normalize_weights,
             bias=config.compat is None,
+            smoothing=config.train.label_smoothing,
         ),
         pictures=build_pictures(config),
         hyper=build_hyper(config, manifest, split, model.head, schedule, ranks) if config.learn.anything else None,
+        average=Average(model, config.train.average) if config.train.average is not None else None,
     )
     keep_shards(config, loaders.task.shards, ranks)  # last: it may take long, and what is wrong is said before
     return parts
@@ -208,7 +227,18 @@ def memory_of(device: torch.device, ranks: int) -> float:
 
 def build_classifier(config: Config, classes: int, device: torch.device) -> Classifier:
     """The model, with start weights drawn from train.seed."""
-    return build_model(config.model.name, classes, config.train.seed).to(device, DTYPES[config.train.precision])
+    size = config.data.image_size
+    model = build_model(config.model.name, classes, config.train.seed, size)
+    try:
+        with torch.no_grad():
+            model.eval()(torch.zeros(1, 3, size, size))
+    except (RuntimeError, ValueError, AssertionError) as error:
+        reason = " ".join(str(error).split())[:120]
+        raise AutodoError(
+            f"model.name = {config.model.name!r}: does not take pictures of {size} x {size} pixels ({reason}); "
+            "set data.image_size"
+        ) from error
+    return model.train().to(device, DTYPES[config.train.precision])
 
 
 def build_engine(config: Config, model: Classifier, ranks: Ranks) -> DdpEngine:

@@ -217,7 +217,14 @@ class Data(Section):
 
 
 class Model(Section):
-    name: str = Field("resnet18", description="convnet, or a torchvision ResNet such as resnet18")
+    name: str = Field(
+        "resnet18",
+        description="a classifier of torchvision, e.g. resnet18; timm/NAME; wrn_DEPTH_WIDTH, e.g. wrn_28_10; convnet",
+    )
+    init_from: Path | None = Field(
+        None,
+        description="start weights: a file of `autodo checkpoint export`, torchvision or timm",
+    )
 
 
 class Optim(Section):
@@ -244,6 +251,15 @@ class Train(Section):
     deterministic: bool = Field(
         False,
         description="GPU: deterministic algorithms where there are any, for a bit-exact resume (docs/reliability.md)",
+    )
+    label_smoothing: float = Field(
+        0.0,
+        ge=0,
+        lt=1,
+        description="α: the loss has (1 - α)y + α/C for labels; with learn.soft_label see learn.smoothing",
+    )
+    average: float | None = Field(
+        None, gt=0, lt=1, description="d: evaluate the average w̄ <- d·w̄ + (1 - d)·w over task steps instead of w"
     )
     log_every: int = Field(20, ge=1, description="steps between lines of metrics.jsonl")
     evaluate_every: int = Field(1, ge=1, description="epochs between evaluations; the last epoch is always evaluated")
@@ -463,6 +479,8 @@ def check_consistent(config: Config) -> None:
         )
     if learn.color and config.compat is not None:
         raise AutodoError("learn.color = true: not in the original code; set compat to null, or learn.color=false")
+    if config.train.label_smoothing and learn.soft_label:
+        raise AutodoError("train.label_smoothing: soft labels are learnt; set learn.smoothing, their start, instead")
     if learn.normalize_weights and not learn.weight:
         raise AutodoError("learn.normalize_weights = true: there are no weights; set learn.weight=true too")
     if (config.data.policy == "custom") != bool(config.data.sub_policies):

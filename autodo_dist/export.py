@@ -12,7 +12,7 @@ Rows are read, changed and written block by block, so the table may be larger th
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,6 @@ import pyarrow.parquet
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
-from torchvision import models as torchvision_models
 
 from autodo_dist import build, build_data, run_folder
 from autodo_dist.config import Config
@@ -34,6 +33,7 @@ from autodo_dist.errors import AutodoError
 from autodo_dist.files import whole
 from autodo_dist.hyperparameters import Layout
 from autodo_dist.method import losses
+from autodo_dist.models import build_model
 from autodo_dist.parallel.checkpoint_rows import RowReader
 
 BLOCK = 1 << 24  # bytes of the table that are in memory together, beside their copies as columns
@@ -65,29 +65,20 @@ def export(run: Path, reader: RowReader, out: Path, data: str | None) -> list[st
 
 
 def model_tensors(config: Config, reader: RowReader) -> dict[str, torch.Tensor]:
-    """The model's tensors by the names that they have in its file."""
-    ours = {name.removeprefix("model."): name for name in reader.names if name.startswith("model.")}
-    names = torchvision_names(config.model.name, {name: reader.size(full) for name, full in ours.items()}, reader)
-    return {names[name]: reader.whole(full) for name, full in ours.items()}
+    """The model's tensors, or their average, by the names that the network has at home: torchvision's, timm's or ours.
 
-
-def torchvision_names(model: str, sizes: Mapping[str, torch.Size], reader: RowReader) -> dict[str, str]:
-    """Our names of a model's tensors -> torchvision's: `encoder.` goes, and `head.` becomes what is left over.
-
-    A model that is not torchvision's keeps our names. AutodoError if names or shapes are not those of the model.
+    AutodoError if names or shapes are not those of the run's model.
     """
-    if model not in torchvision_models.list_models(module=torchvision_models):
-        return {name: name for name in sizes}
+    prefix = "model." if config.train.average is None else "average.module."
+    ours = {name.removeprefix(prefix): name for name in reader.names if name.startswith(prefix)}
+    classes = reader.size(ours["head.weight"])[0] if "head.weight" in ours else 1
     with torch.device("meta"):
-        network = torchvision_models.get_model(model, num_classes=sizes.get("head.weight", torch.Size([1]))[0])
-    theirs = {name: value.shape for name, value in network.state_dict().items()}
-    encoder = {name: name.removeprefix("encoder.") for name in sizes if name.startswith("encoder.")}
-    left = theirs.keys() - encoder.values()
-    head = {f"head.{name.rpartition('.')[2]}": name for name in left}
-    names = encoder | head
-    if names.keys() != sizes.keys() or any(sizes[name] != theirs.get(other) for name, other in names.items()):
-        raise AutodoError(f"checkpoint {reader.path}: its tensors are not those of torchvision's {model} (config.yaml)")
-    return names
+        model = build_model(config.model.name, classes, 0, config.data.image_size)
+    expected = {name: value.shape for name, value in model.state_dict().items()}
+    if expected != {name: reader.size(full) for name, full in ours.items()}:
+        raise AutodoError(f"checkpoint {reader.path}: its tensors are not those of {config.model.name} (config.yaml)")
+    names = model.own_names()
+    return {names[name]: reader.whole(full) for name, full in ours.items()}
 
 
 def export_rows(run: Path, config: Config, reader: RowReader, out: Path, data: str | None) -> list[str]:

@@ -61,7 +61,7 @@ def measure(
     factors: whether λ^A takes the gradients of the task step's own backward (hyper.solver = fisher).
     """
     with META:
-        model = build_model(name, classes, seed=0).to(dtype)
+        model = build_model(name, classes, 0, image_size).to(dtype)
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)
     small, large = (max(FEWEST, count) for count in (pictures, 2 * pictures))

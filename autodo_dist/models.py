@@ -2,70 +2,153 @@
 
 AutoDO differentiates through the last linear layer alone, and the implicit function theorem needs a loss with
 continuous derivatives: hence the split, and CELU (Barron 2017), which is C¹ where ReLU is not.
+
+    convnet            ours, for 28 to 32 px
+    wrn_DEPTH_WIDTH    Wide ResNets for small pictures, e.g. wrn_28_10
+    resnet18, …        any classifier of torchvision that ends in a linear layer
+    timm/NAME          any such one of timm, where that is installed
 """
 
 from __future__ import annotations
 
 import difflib
+from typing import Any
 
 import torch
-from torch import nn
+import torch.nn.functional as F
+from torch import fx, nn
 from torchvision import models as torchvision_models
 
 from autodo_dist.errors import AutodoError
+from autodo_dist.wide_resnet import NAME as WIDE_RESNET
+from autodo_dist.wide_resnet import wide_resnet
+
+# What torchvision's builders want to know beside the number of classes.
+NO_AUXILIARY = {"aux_logits": False, "init_weights": True}  # their loss has more than one head
+RELUS = (F.relu, torch.relu)
 
 
 class Classifier(nn.Module):
-    """features_BD = encoder(images_BCHW), logits_BC = head(features_BD); `head` is the last linear layer."""
+    """features_BD = encoder(images_BCHW), logits_BC = head(features_BD); `head` is the last linear layer.
 
-    def __init__(self, encoder: nn.Module, head: nn.Linear) -> None:
+    head_path: its name in the network that was parted, where that is somebody else's; see `own_names`.
+    """
+
+    def __init__(self, encoder: nn.Module, head: nn.Linear, head_path: str | None = None) -> None:
         super().__init__()
-        self.encoder, self.head = encoder, head
+        self.encoder, self.head, self.head_path = encoder, head, head_path
 
     def forward(self, images_BCHW: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Features and logits of a batch of normalised pictures."""
         features_BD = self.encoder(images_BCHW)
         return features_BD, self.head(features_BD)
 
+    def own_names(self) -> dict[str, str]:
+        """The names in our state_dict -> those in the state_dict of the network that was parted."""
+        names = self.state_dict().keys()
+        if self.head_path is None:
+            return {name: name for name in names}
+        parts = (name.partition(".") for name in names)
+        return {
+            f"{part}.{rest}": rest if part == "encoder" else f"{self.head_path}.{rest}".lstrip(".")
+            for part, _, rest in parts
+        }
 
-def build_model(name: str, classes: int, seed: int) -> Classifier:
+
+def build_model(name: str, classes: int, seed: int, image_size: int = 224) -> Classifier:
     """A freshly initialised classifier; start weights depend on `seed` alone.
 
-    `convnet` is for 28 to 32 px; any other name is torchvision's. AutodoError for a name that it does not know, or a
+    image_size: side of the pictures, which transformers are made for. AutodoError for a name that is not known, or a
     network that does not end in a linear layer.
     """
-    known = torchvision_models.list_models(module=torchvision_models)
-    if name != "convnet" and name not in known:
-        near = difflib.get_close_matches(name, ["convnet", *known], n=3)
-        raise AutodoError(f"model.name = {name!r} is unknown; choose {' or '.join(near) or 'convnet or resnet18'}")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         if name == "convnet":
             return Classifier(_convnet(128), nn.Linear(128, classes))
-        return split_head(torchvision_models.get_model(name, num_classes=classes), name)
+        if found := WIDE_RESNET.fullmatch(name):
+            depth, width = map(int, found.groups())
+            if depth < 10 or (depth - 4) % 6 or width < 1:
+                raise AutodoError(f"model.name = {name!r}: the depth of a Wide ResNet is 6n + 4, e.g. wrn_28_10")
+            return split_head(wide_resnet(depth, width, classes), name)
+        if name.startswith("timm/"):
+            return split_head(_timm(name, classes, image_size), name)
+        return split_head(_torchvision(name, classes, image_size), name)
+
+
+def _torchvision(name: str, classes: int, image_size: int) -> nn.Module:
+    known = torchvision_models.list_models(module=torchvision_models)
+    if name not in known:
+        near = difflib.get_close_matches(name, ["convnet", "wrn_28_10", *known], n=3)
+        raise AutodoError(f"model.name = {name!r} is unknown; choose {' or '.join(near) or 'convnet or resnet18'}")
+    options: dict[str, Any] = {"num_classes": classes}
+    if name in ("googlenet", "inception_v3"):
+        options |= NO_AUXILIARY
+    elif name.startswith("vit_"):
+        options["image_size"] = image_size
+    elif name.startswith("maxvit"):
+        options["input_size"] = (image_size, image_size)
+    try:
+        network: nn.Module = torchvision_models.get_model(name, **options)
+    except (ValueError, AssertionError) as error:
+        raise AutodoError(f"model.name = {name!r}: {' '.join(str(error).split())}; set data.image_size") from error
+    return network
+
+
+def _timm(name: str, classes: int, image_size: int) -> nn.Module:
+    try:
+        import timm
+    except ImportError as error:
+        raise AutodoError(f"model.name = {name!r}: timm is not installed; pip install timm") from error
+    wanted = name.removeprefix("timm/")
+    if not timm.is_model(wanted):
+        near = difflib.get_close_matches(wanted, timm.list_models(), n=3)
+        known = " or timm/".join(near) or "resnet50d"
+        raise AutodoError(f"model.name = {name!r} is unknown to timm; choose timm/{known}")
+    options: dict[str, Any] = {"num_classes": classes}
+    if timm.get_pretrained_cfg_value(wanted, "fixed_input_size"):
+        options["img_size"] = image_size
+    network: nn.Module = timm.create_model(wanted, pretrained=False, **options)
+    return network
 
 
 def split_head(network: nn.Module, name: str) -> Classifier:
     """Part a network into encoder and last linear layer. AutodoError if its last layer is another."""
     path, head = list(network.named_modules())[-1]
+    ask: Any = getattr(network, "get_classifier", None)
+    if ask is not None:  # timm knows, and has layers behind it that do nothing
+        head = ask()
+        path = next((path for path, module in network.named_modules() if module is head), "")
     if not isinstance(head, nn.Linear):
         raise AutodoError(
             f"model.name = {name!r}: ends in {type(head).__name__}, not in a linear layer, through which AutoDO "
             "differentiates; choose another, e.g. resnet18"
         )
+    network = relu_to_celu(network)
     parent, _, attribute = path.rpartition(".")
     setattr(network.get_submodule(parent), attribute, nn.Identity())
-    return Classifier(relu_to_celu(network), head)
+    return Classifier(network, head, path)
 
 
-def relu_to_celu(module: nn.Module) -> nn.Module:
-    """Replace every nn.ReLU below `module` by nn.CELU, in place."""
-    for name, child in module.named_children():
-        if isinstance(child, nn.ReLU):
-            setattr(module, name, nn.CELU(inplace=child.inplace))
-        else:
-            relu_to_celu(child)
-    return module
+def relu_to_celu(network: nn.Module) -> nn.Module:
+    """Replace every ReLU of a network by CELU, in place where it can be: modules first, then calls of F.relu.
+
+    The calls are found and replaced by torch.fx (googlenet, inception_v3 and the densenets have some). A network that
+    fx cannot trace keeps them.
+    """
+    for module in [*network.modules()]:
+        for name, child in module.named_children():
+            if isinstance(child, nn.ReLU):
+                setattr(module, name, nn.CELU(inplace=child.inplace))
+    try:
+        traced = fx.symbolic_trace(network)
+    except Exception:  # whatever its forward does not accept a stand-in for
+        return network
+    calls = [node for node in traced.graph.nodes if node.op == "call_function" and node.target in RELUS]
+    for node in calls:
+        node.target = F.celu
+        node.args, node.kwargs = node.args[:1], {"inplace": bool(node.kwargs.get("inplace", False))}
+    traced.recompile()
+    return traced if calls else network
 
 
 def _convnet(features: int) -> nn.Module:

@@ -66,10 +66,12 @@ def read_progress(found: dict[str, Any], path: Path) -> Progress:
 
 def tensors(parts: Parts) -> dict[str, Any]:
     """Every tensor that a resume needs. Every rank must call this."""
-    if parts.hyper is None:
-        return parts.engine.state()
-    hyper = parts.hyper.parameters.state() | {"valid_grad": parts.hyper.valid_grad_CD}
-    return parts.engine.state() | {"hyper": hyper}
+    state = parts.engine.state()
+    if parts.average is not None:
+        state |= {"average": parts.average.state()}
+    if parts.hyper is not None:
+        state |= {"hyper": parts.hyper.parameters.state() | {"valid_grad": parts.hyper.valid_grad_CD}}
+    return state
 
 
 def resume(config: Config, parts: Parts, ranks: Ranks) -> tuple[Progress, torch.Tensor]:

@@ -57,9 +57,9 @@ def evaluate_parts(run: Run) -> None:
     progress, parts = run.progress, run.parts
     row: dict[str, Any] = {"kind": "evaluation", "step": progress.step, "epoch": progress.epoch}
     with run.clock.phase("evaluation"):
-        parts.engine.share_buffers()
+        parts.share_buffers()
         for name, loader in (("validation", parts.loaders.validation), ("test", parts.loaders.test)):
-            found = evaluate(parts.model, loader, parts.manifest.classes, parts.dtype, run.ranks)
+            found = evaluate(parts.evaluated, loader, parts.manifest.classes, parts.dtype, run.ranks)
             row |= {f"{name}_{key}": value for key, value in found.items()}
     note_dropped(run)
     progress.last = row

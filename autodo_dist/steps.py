@@ -48,6 +48,7 @@ def task_step(parts: Parts, batch: Batch, done: int, ranks: Ranks) -> Trained:
     rows = parts.hyper.parameters.fetch(batch.ids_B, batch.next_ids_B) if parts.hyper is not None else Rows()
     forward = train_forward(parts, batch, rows, done, ranks)
     parts.engine.step(forward.loss, parts.lr(done))
+    take_in(parts)
     return forward.trained
 
 
@@ -85,8 +86,15 @@ def shared_step(parts: Parts, hyper: Hyper, batch: Batch, done: int, lr: float, 
         # A leaf's gradient is that of ranks/B · w_i l_i.
         factor_B1 = (found.factor_B * (parts.objective.batch_size / ranks.ranks))[:, None]
         gates = [factor_B1 * leaf.grad for leaf in leaves if leaf.grad is not None]
+    take_in(parts)
     hyper.parameters.apply_grads(batch.ids_B, found.rows(gates), lr=lr, step=step)
     return replace(forward.trained, figures=forward.trained.figures + figures_of(found))
+
+
+def take_in(parts: Parts) -> None:
+    """Have the average, where there is one, take in the weights after a step."""
+    if parts.average is not None:
+        parts.average.update(parts.model)
 
 
 def renew_validation(parts: Parts, hyper: Hyper, validation: Batch, ranks: Ranks) -> None:
@@ -117,7 +125,8 @@ def train_forward(parts: Parts, batch: Batch, rows: Rows, done: int, ranks: Rank
     images_BCHW = augmented(batch.images_BCHW.to(parts.dtype), rows, batch.draws_BD, parts.pictures)
     torch.manual_seed(dropout_seed(parts.loaders.task.seed, done, ranks.rank))
     features_BD, logits_BC = parts.engine.forward(images_BCHW)
-    loss_B = sample_loss(parts.objective.loss, logits_BC, batch.labels_B, rows.soft_logit)
+    objective = parts.objective
+    loss_B = sample_loss(objective.loss, logits_BC, batch.labels_B, rows.soft_logit, objective.smoothing)
     loss = (sample_weights(rows, loss_B.detach(), parts.objective, ranks) * loss_B).sum()
     hits = (logits_BC.detach().argmax(1) == batch.labels_B).sum()
     figures = torch.zeros(len(FIGURES), dtype=torch.float64, device=loss.device)

@@ -238,7 +238,7 @@ def save(run: Run) -> None:
     with run.clock.phase("save"):
         run.saver.wait()
         run.lock.check()
-        run.parts.engine.share_buffers()
+        run.parts.share_buffers()
         progress.sums = run.ranks.gather(run.sums.tolist())
         progress.lines = run.metrics.lines if run.metrics is not None else 0
         progress.seconds = dict(run.clock.seconds)

@@ -178,6 +178,7 @@ def make_parts(config: Config, split: Split, classes: int, ranks: Ranks) -> Part
         objective=Objective(config.learn.loss, config.train.batch_size),  # of runs that learn soft labels
         pictures=build.build_pictures(config),
         hyper=build.build_hyper(config, manifest, split, model.head, lambda step, peak: peak, ranks),
+        average=None,
     )
 
 

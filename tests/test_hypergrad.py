@@ -117,6 +117,7 @@ def reference(
     eigenvalue: torch.Tensor,
     normalise: bool = False,
     bias: bool = True,
+    smoothing: float = 0.0,
 ) -> tuple[Rows, torch.Tensor]:
     """By double backward: L(θ, λ) as a graph, V by a dense solve, then the gradient of ⟨∂L/∂θ, V⟩ for each row.
 
@@ -133,7 +134,7 @@ def reference(
         """w_i l_i."""
         theta = theta.view(CLASSES, -1)
         logits = F.linear(features, theta[:, :FEATURES], theta[:, -1] if bias else setting.head.bias.detach())
-        value = F.cross_entropy(logits, setting.labels, reduction="none")
+        value = F.cross_entropy(logits, setting.labels, reduction="none", label_smoothing=smoothing)
         if "soft_logit" in leaves and loss != "cross_entropy":
             log_p, log_q = F.log_softmax(logits, 1), F.log_softmax(leaves["soft_logit"], 1)
             value = (log_q.exp() * (log_q - log_p)).sum(1)
@@ -229,6 +230,18 @@ def test_normalised_weights_against_double_backward(loss: Loss, solver: Solver) 
     grads, found = setting.found(loss, SOLVES[solver], normalise=True)
     compare(grads, reference(setting, loss, SOLVES[solver], found.eigenvalue, normalise=True)[0])
     plain = setting.found(loss, SOLVES[solver])[0]
+    assert plain.weight_logit is not None
+    assert grads.weight_logit is not None
+    assert (plain.weight_logit - grads.weight_logit).norm() > 0.01 * plain.weight_logit.norm()
+
+
+@EACH_SOLVER
+def test_label_smoothing_against_double_backward(solver: Solver) -> None:
+    """Of the loss that is trained on; the validation loss has none."""
+    setting = Setting("per_sample", True, False)
+    grads, found = setting.found("cross_entropy", SOLVES[solver], smoothing=0.2)
+    compare(grads, reference(setting, "cross_entropy", SOLVES[solver], found.eigenvalue, smoothing=0.2)[0])
+    plain = setting.found("cross_entropy", SOLVES[solver])[0]
     assert plain.weight_logit is not None
     assert grads.weight_logit is not None
     assert (plain.weight_logit - grads.weight_logit).norm() > 0.01 * plain.weight_logit.norm()

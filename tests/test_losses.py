@@ -116,6 +116,17 @@ def test_logit_gradient_against_autograd(loss: Loss, with_soft: bool) -> None:
     near(losses.logit_grad(loss, case.logits, case.labels, soft), expected)
 
 
+def test_label_smoothing_against_torch_and_autograd() -> None:
+    case = Case(1)
+
+    def smoothed(logits: torch.Tensor) -> torch.Tensor:
+        return F.cross_entropy(logits, case.labels, reduction="none", label_smoothing=0.3)
+
+    near(losses.sample_loss("cross_entropy", case.logits, case.labels, None, 0.3), smoothed(case.logits))
+    found = losses.logit_grad("cross_entropy", case.logits, case.labels, None, 0.3)
+    near(found, gradient(smoothed, case.logits))
+
+
 @SOFT
 @EACH
 def test_curvature_against_the_dense_hessian(loss: Loss, with_soft: bool) -> None:

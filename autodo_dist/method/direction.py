@@ -72,7 +72,7 @@ class Solve:
 
 @dataclass(frozen=True)
 class HeadBatch:
-    """What the last layer sees of a batch. h: features with a last column of ones; weight: w_i."""
+    """What the last layer sees of a batch. h: features with a last column of ones; weight: w_i; smoothing: α."""
 
     loss: Loss
     h_BD: torch.Tensor
@@ -80,11 +80,12 @@ class HeadBatch:
     weight_B: torch.Tensor
     labels_B: torch.Tensor
     soft_logit_BC: torch.Tensor | None
+    smoothing: float = 0.0
 
     @functools.cached_property
     def delta_BC(self) -> torch.Tensor:
         """δ_i = ∂l_i/∂z_i."""
-        return losses.logit_grad(self.loss, self.logits_BC, self.labels_B, self.soft_logit_BC)
+        return losses.logit_grad(self.loss, self.logits_BC, self.labels_B, self.soft_logit_BC, self.smoothing)
 
     def curve(self, zeta_BC: torch.Tensor) -> torch.Tensor:
         """A_iζ_i."""

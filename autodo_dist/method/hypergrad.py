@@ -65,12 +65,14 @@ class Objective:
     """The train loss (1/B) Σ w_i l_i over the B = `batch_size` samples of all ranks.
 
     normalise: w_i are divided by their mean over those samples. bias: whether θ has the bias (the original's had not).
+    smoothing: α of the labels that cross entropy reads.
     """
 
     loss: Loss
     batch_size: int
     normalise: bool = False
     bias: bool = True
+    smoothing: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -151,7 +153,7 @@ def hypergradient(
     logits_BC = head(features_BD)
     weight_B = sample_weights(rows, logits_BC[:, 0], objective, group)
     h_BD = extended(features_BD, objective.bias)
-    batch = HeadBatch(objective.loss, h_BD, logits_BC, weight_B, labels_B, rows.soft_logit)
+    batch = HeadBatch(objective.loss, h_BD, logits_BC, weight_B, labels_B, rows.soft_logit, objective.smoothing)
     inverse = inverse_product(batch, valid_grad_CD, solve, objective.batch_size, group)
     form = fisher_form if solve.solver == "fisher" else exact_form
     return form(batch, rows, inverse, valid_grad_CD, head.weight, objective, group)
@@ -195,7 +197,7 @@ def fisher_form(
     """Appendix C: a_i ∂(w_i l_i)/∂λ_i with a_i = −(1/B) w_iδ_i·F⁻¹g_v h_i."""
     along_B = (batch.delta_BC * (batch.h_BD @ -inverse.value_CD.T)).sum(1)
     a_B = batch.weight_B / objective.batch_size * along_B
-    loss_B = losses.sample_loss(batch.loss, batch.logits_BC, batch.labels_B, rows.soft_logit)
+    loss_B = losses.sample_loss(batch.loss, batch.logits_BC, batch.labels_B, rows.soft_logit, batch.smoothing)
     share_B = a_B * batch.weight_B
     soft_grad = None
     if rows.soft_logit is not None:

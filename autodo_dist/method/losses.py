@@ -4,12 +4,12 @@ METHOD: w_i = κ·softplus(λ^W_i), κ = 1/ln 2, so that a logit of 0 weighs 1; 
 r = log p − log q and g = r − p·r, per sample:
 
     loss           l                                δ = ∂l/∂z               Aζ = (∂²l/∂z²)ζ
-    cross entropy  −log p_y                         p − e_y                 S(p)ζ
+    cross entropy  −Σ t·log p                       p − t                   S(p)ζ
     KL             Σ q·log(q/p)                     p − q                   S(p)ζ
     symmetric KL   ½ Σ q·log(q/p) + ½ Σ p·log(p/q)  ½[(p − q) + p∘g]        S(p)ζ + ½[g∘S(p)ζ − p(g·S(p)ζ)]
 
-where S(p)ζ = p∘(ζ − p·ζ) (AutoDO's loss, Gudovskiy et al. 2021, eq. 3; derivatives checked by double backward in
-tests/test_losses.py). Shapes: B samples, C classes.
+where S(p)ζ = p∘(ζ − p·ζ) and t = (1−α)e_y + α/C, α being the label smoothing, 0 by default (AutoDO's loss, Gudovskiy
+et al. 2021, eq. 3; derivatives checked by double backward in tests/test_losses.py). Shapes: B samples, C classes.
 """
 
 from __future__ import annotations
@@ -50,11 +50,15 @@ def soft_logit_start(classes: int, smoothing: float) -> float:
 
 
 def sample_loss(
-    loss: Loss, logits_BC: torch.Tensor, labels_B: torch.Tensor, soft_logit_BC: torch.Tensor | None
+    loss: Loss,
+    logits_BC: torch.Tensor,
+    labels_B: torch.Tensor,
+    soft_logit_BC: torch.Tensor | None,
+    smoothing: float = 0.0,
 ) -> torch.Tensor:
-    """Each sample's l_i. `cross_entropy` reads the labels, the others the soft logits."""
+    """Each sample's l_i. `cross_entropy` reads the labels, smoothed by α = `smoothing`, the others the soft logits."""
     if soft_logit_BC is None or loss == "cross_entropy":
-        return F.cross_entropy(logits_BC, labels_B, reduction="none")
+        return F.cross_entropy(logits_BC, labels_B, reduction="none", label_smoothing=smoothing)
     log_p, log_q = F.log_softmax(logits_BC, 1), F.log_softmax(soft_logit_BC, 1)
     forward = (log_q.exp() * (log_q - log_p)).sum(1)
     if loss == "kl":
@@ -68,13 +72,18 @@ def spread(p_BC: torch.Tensor, zeta_BC: torch.Tensor) -> torch.Tensor:
 
 
 def logit_grad(
-    loss: Loss, logits_BC: torch.Tensor, labels_B: torch.Tensor, soft_logit_BC: torch.Tensor | None
+    loss: Loss,
+    logits_BC: torch.Tensor,
+    labels_B: torch.Tensor,
+    soft_logit_BC: torch.Tensor | None,
+    smoothing: float = 0.0,
 ) -> torch.Tensor:
     """δ_i = ∂l_i/∂z_i."""
     log_p = F.log_softmax(logits_BC, 1)
     p = log_p.exp()
     if soft_logit_BC is None or loss == "cross_entropy":
-        return p - F.one_hot(labels_B, logits_BC.shape[1]).to(p.dtype)
+        classes = logits_BC.shape[1]
+        return p - (1 - smoothing) * F.one_hot(labels_B, classes).to(p.dtype) - smoothing / classes
     log_q = F.log_softmax(soft_logit_BC, 1)
     if loss == "kl":
         return p - log_q.exp()
