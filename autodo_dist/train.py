@@ -92,7 +92,7 @@ def attempt(
     watch = Watch(parts.model, ranks)
     with (
         contextlib.closing(parts.loaders.task.shards),
-        contextlib.closing(Saver(config.folder / "checkpoints", ranks)) as saver,
+        Saver(config.folder / "checkpoints", ranks) as saver,
         ProgressBar(screen, total_steps(config, parts), progress.step) as bar,
     ):
         try:

@@ -22,7 +22,6 @@ import tempfile
 import time
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -112,7 +111,7 @@ def stall(folder: Path, place: Place, table_bytes: int, rounds: int) -> Stall:
         beside = folder / "metrics.jsonl"
         beside.touch()
         times = Stall([], [], [], size(state))
-        with closing(Saver(folder / "checkpoints", ranks)) as saver:
+        with Saver(folder / "checkpoints", ranks) as saver:
             for step in range(rounds):
                 ranks.barrier()
                 begun = time.perf_counter()

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import threading
-from contextlib import closing
+import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -47,7 +48,7 @@ def changed_after_each_save(root: Path, staged: bool) -> list[int]:
         table = RowTable(ids, lambda mine: torch.zeros(len(mine), WIDTH), ranks, Rmsprop(0.9, 1e-6))
         weight = torch.zeros(7, 3)
         values = [table.value_nP, table.second_nP, table.touched_n, weight]
-        with closing(Saver(root, ranks)) as saver, patch.object(checkpoint_save, "save", gate):
+        with Saver(root, ranks) as saver, patch.object(checkpoint_save, "save", gate):
             if not staged:
                 saver._stager.stage = lambda state: state  # type: ignore[method-assign]
             for number in range(1, SAVES + 1):
@@ -102,7 +103,7 @@ def beside_training(root: Path) -> list[str]:
     state = {"weight": torch.ones(3)}
     with (
         comm.process_group(comm.place(), torch.device("cpu")) as ranks,
-        closing(Saver(root, ranks)) as saver,
+        Saver(root, ranks) as saver,
         patch.object(checkpoint_save, "save", gate),
     ):
         saver.save(1, state, {}, keep=2, best=None, beside=beside)
@@ -130,11 +131,48 @@ def test_training_goes_on_beside_a_save(pool: RankPool, tmp_path: Path) -> None:
         ]
 
 
+class Failure(Exception):
+    """Of a rank."""
+
+
+def fails_beside_a_save(root: Path) -> float:
+    """Seconds until rank 0, which alone saves and fails, leaves; the others wait for it."""
+    start = time.monotonic()
+    with comm.process_group(comm.place(), torch.device("cpu")) as ranks:
+        with patch.object(checkpoint_save, "PATIENCE", 0.5), suppress(Failure), Saver(root, ranks) as saver:
+            if ranks.main:
+                saver.save(1, {"weight": torch.ones(3)}, {}, keep=2, best=None, beside=root.parent)
+                raise Failure
+        waited = time.monotonic() - start
+        ranks.barrier()
+    return waited
+
+
+def test_a_rank_that_fails_does_not_wait_for_ever(pool: RankPool, tmp_path: Path) -> None:
+    waited = pool.run(2, fails_beside_a_save, tmp_path / "checkpoints")[0]
+    assert 0.5 <= waited < 30
+    assert checkpoint.complete(tmp_path / "checkpoints") == []
+
+
+def test_a_rank_that_fails_has_its_save_ended(tmp_path: Path) -> None:
+    gate = Gate()
+    with (
+        comm.process_group(comm.Place(), torch.device("cpu")) as ranks,
+        patch.object(checkpoint_save, "save", gate),
+        suppress(Failure),
+        Saver(tmp_path / "checkpoints", ranks) as saver,
+    ):
+        saver.save(1, {"weight": torch.ones(3)}, {}, keep=2, best=None, beside=tmp_path)
+        threading.Timer(0.5, gate.open.set).start()
+        raise Failure
+    assert len(checkpoint.complete(tmp_path / "checkpoints")) == 1
+
+
 def test_an_error_that_is_not_the_disks_comes_up_at_the_next_look(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").touch()
     with (
         comm.process_group(comm.Place(), torch.device("cpu")) as ranks,
-        closing(Saver(tmp_path / "checkpoints", ranks)) as saver,
+        Saver(tmp_path / "checkpoints", ranks) as saver,
     ):
         saver.save(1, {"rate": 0.1}, {}, keep=2, best=None, beside=tmp_path / "metrics.jsonl")
         with pytest.raises(TypeError, match="rate is no tensor but float"):

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import random
 import shutil
+import socket
+import stat
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
@@ -28,7 +33,7 @@ from autodo_dist.data.manifest import read_manifest
 from autodo_dist.hyperparameters import Hyperparameters
 from autodo_dist.method.hypergrad import Rows
 from autodo_dist.models import Classifier
-from autodo_dist.parallel import checkpoint, comm
+from autodo_dist.parallel import checkpoint, checkpoint_save, comm
 from autodo_dist.parallel.checkpoint_header import read_header
 from autodo_dist.progress import Progress, resume, tensors
 from autodo_dist.run import Run
@@ -222,7 +227,7 @@ def saved_again(tree: dict[str, Any], step: int) -> None:
         parts = build.build(config, read_manifest(config.data.root), ranks)
         progress, sums = resume(config, parts, ranks)
         progress.sums = ranks.gather(sums.tolist())
-        checkpoint.save(config.folder / "checkpoints", step, tensors(parts), asdict(progress), ranks)
+        checkpoint_save.save(config.folder / "checkpoints", step, tensors(parts), asdict(progress), ranks)
 
 
 def test_an_elastic_resume_is_the_same_run(pool: RankPool, digits: Path, tmp_path: Path) -> None:
@@ -287,8 +292,23 @@ def train_until(tree: dict[str, Any], rank: int, step: int) -> Seen:
             run_train(tree)
         except (Crash, RuntimeError):  # torch's DistBackendError is one
             assert step
+            hang_up()
             torch.distributed.destroy_process_group()
     return seen
+
+
+def hang_up() -> None:
+    """What the end of this process would do: its connections end, and its save with them."""
+    for name in map(int, os.listdir("/proc/self/fd")):
+        with contextlib.suppress(OSError):  # the descriptor of the list itself; sockets that only listen
+            if stat.S_ISSOCK(os.fstat(name).st_mode):
+                with socket.socket(fileno=os.dup(name)) as link:
+                    if link.family in (socket.AF_INET, socket.AF_INET6) and link.getpeername():
+                        link.shutdown(socket.SHUT_RDWR)
+    for thread in threading.enumerate():
+        if thread.name.startswith("save"):
+            thread.join(60)
+            assert not thread.is_alive()
 
 
 def global_batches(parts: list[Seen]) -> dict[int, list[int]]:

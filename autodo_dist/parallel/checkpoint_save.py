@@ -14,7 +14,7 @@ import logging
 import os
 import shutil
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any, cast
 
@@ -30,6 +30,7 @@ from autodo_dist.parallel.comm import Ranks
 
 log = logging.getLogger(__name__)
 BESIDE = 1 << 20  # bytes of a checkpoint beside its tensors: zip records, names, progress
+PATIENCE = 60.0  # seconds that a rank which fails waits for its save to end
 
 
 class Saver:
@@ -77,10 +78,20 @@ class Saver:
         """Wait for the end of the newest save; why it failed, the same on every rank, or the empty string."""
         return self._going.result() if self._going is not None else ""
 
-    def close(self) -> None:
-        """Wait for the save that is going on, and free the buffer."""
-        self._thread.shutdown()
-        self._stager.close()
+    def __enter__(self) -> Saver:
+        """To be left at the end of the saves."""
+        return self
+
+    def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
+        """Wait for the save that is going on, and free the buffer.
+
+        After an error no longer than PATIENCE: the save may wait for a rank that is gone, or waits for this one to go.
+        """
+        if error is not None and self._going is not None:
+            wait([self._going], PATIENCE)
+        self._thread.shutdown(wait=error is None)
+        if error is None:
+            self._stager.close()
 
 
 def save(
