@@ -43,6 +43,7 @@ SMALL = (
 )
 PHASES: tuple[Phase, ...] = ("start", "task", "hyper", "save", "evaluation")  # in turn
 LIMIT_S = 300.0  # that a start may take
+MOST_MISSED = 20  # kills of a trial that do not fall
 
 Row = dict[str, Any]
 
@@ -113,6 +114,8 @@ def run_trial(case: Case, phase: Phase, config: Config, seed: int, start: Start)
     generator = np.random.default_rng(seed)
     missed, hit, folder = 0, None, config.folder
     while hit is None:
+        if missed == MOST_MISSED:
+            raise AutodoError(f"run {folder}: ended before each of {missed} kills; see {folder}.log")
         shutil.rmtree(folder, ignore_errors=True)
         drawn = draw(phase, config, generator)
         ended = one(start, config, folder.name, case.ranks, drawn, unbroken["usual"], LIMIT_S)
@@ -184,6 +187,7 @@ def figures(trials: Sequence[Row], starts: str) -> list[Row]:
             "trials equal to the unbroken run", equal, f"of {len(trials)}", f">= {len(trials)}", equal == len(trials)
         )
         | {"seeds": [min(seeds), max(seeds)], "unequal": [row for row in trials if not row["equal"]]}
+        | {"trials": [told(row) for row in trials]}
         | {"commits": sorted({str(row["git_commit"]) for row in trials}), "command": command(), "machine": machine()},
     ]
     for key, what in (("aim", "aimed at"), ("fell", "that fell in")):

@@ -33,9 +33,10 @@ from autodo_dist import metrics
 from autodo_dist.cli import app
 from autodo_dist.config import Config, check_config
 from autodo_dist.errors import AutodoError
+from autodo_dist.files import read_json
 from autodo_dist.parallel import checkpoint, comm
 from autodo_dist.parallel.checkpoint_diff import digest
-from autodo_dist.parallel.checkpoint_header import read_header
+from autodo_dist.parallel.checkpoint_header import read_header, write_header
 from autodo_dist.parallel.checkpoint_save import save
 from autodo_dist.proof import kill, prove
 from autodo_dist.proof.compare import Compared, Losses, compare, last_checkpoint, losses
@@ -409,10 +410,10 @@ def test_each_difference_is_named_the_earliest_first(pair: tuple[Path, Path]) ->
 def test_a_line_too_few_and_another_progress(pair: tuple[Path, Path]) -> None:
     text = (pair[1] / "metrics.jsonl").read_text().splitlines(keepends=True)
     (pair[1] / "metrics.jsonl").write_text("".join(text[:-1]))
-    header = checkpoint.complete(pair[1] / "checkpoints")[-1] / "checkpoint.json"
-    content = json.loads(header.read_text())
-    content["progress"]["epoch"] = 7
-    header.write_text(json.dumps(content))
+    path = checkpoint.complete(pair[1] / "checkpoints")[-1]
+    header = read_json(path / "checkpoint.json")
+    del header["sha256"]
+    write_header(path, header | {"progress": header["progress"] | {"epoch": 7}})
     assert compare(*pair).differences == (
         f"metrics.jsonl: line {len(text)} is missing in {pair[1]}",
         "progress epoch: 2 against 7",

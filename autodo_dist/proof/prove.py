@@ -214,10 +214,12 @@ def usual(config: Config, ended: Ended) -> dict[str, float]:
 def depends_on_ranks(config: Config, classes: int) -> str:
     """Why a loss depends on how a global batch is cut into ranks' parts, beyond rounding; empty if it does not."""
     with torch.device("meta"):
-        parts = list(build_model(config.model.name, classes, config.train.seed).modules())
+        model = build_model(config.model.name, classes, config.train.seed, config.data.image_size)
+    parts = list(model.modules())
     if any(isinstance(part, nn.modules.batchnorm._BatchNorm) for part in parts):
         return "BatchNorm's statistics are those of a rank's part of a batch"
-    if any(isinstance(part, DRAWN_BY_RANK) and part.p > 0 for part in parts):
+    # timm's own stochastic depth has a drop_prob.
+    if any((isinstance(part, DRAWN_BY_RANK) and part.p > 0) or getattr(part, "drop_prob", None) for part in parts):
         return "each rank draws dropout for its part of a batch"
     if config.learn.anything and config.hyper.curvature == "per_rank":
         return "hyper.curvature = per_rank"
