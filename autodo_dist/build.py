@@ -21,6 +21,7 @@ from autodo_dist.build_data import (
     keep_shards,
     operations,
 )
+from autodo_dist.build_engine import build_engine
 from autodo_dist.config import Config
 from autodo_dist.data.manifest import Manifest, check_files
 from autodo_dist.data.split import Split
@@ -34,7 +35,7 @@ from autodo_dist.method.schedule import warmup_cosine
 from autodo_dist.models import Classifier, build_model
 from autodo_dist.parallel import checkpoint
 from autodo_dist.parallel.comm import Ranks
-from autodo_dist.parallel.engine import DdpEngine
+from autodo_dist.parallel.engine import Engine
 from autodo_dist.plan import check_memory
 from autodo_dist.weights import load_weights
 
@@ -68,7 +69,7 @@ class Parts:
 
     manifest: Manifest
     model: Classifier
-    engine: DdpEngine
+    engine: Engine
     loaders: Loaders
     dtype: torch.dtype
     lr: Callable[[int], float]
@@ -239,21 +240,6 @@ def build_classifier(config: Config, classes: int, device: torch.device) -> Clas
             "set data.image_size"
         ) from error
     return model.train().to(device, DTYPES[config.train.precision])
-
-
-def build_engine(config: Config, model: Classifier, ranks: Ranks) -> DdpEngine:
-    """Optimizer and data-parallel engine around the model. Every rank must call this."""
-    optimizer = torch.optim.SGD(
-        model.parameters(),
-        lr=config.optim.lr,
-        momentum=config.optim.momentum,
-        nesterov=config.optim.nesterov and config.optim.momentum > 0,
-        weight_decay=config.optim.weight_decay,
-    )
-    engine = DdpEngine(model, optimizer, ranks)
-    size = config.data.image_size
-    engine.settle(torch.zeros(1, 3, size, size, device=ranks.device, dtype=DTYPES[config.train.precision]))
-    return engine
 
 
 def choose_device(setting: Literal["auto", "cpu", "cuda"], local_rank: int) -> torch.device:

@@ -43,6 +43,7 @@ FREE_AT_RESUME = (
     "train.log_every",
     "train.on_nonfinite",
     "train.most_rollbacks",
+    "engine",  # a checkpoint holds the same whatever trained it
     "checkpoint",
     "launch",
     "hyper.most_bad_rows",
@@ -232,7 +233,24 @@ class Optim(Section):
     momentum: float = Field(0.9, ge=0, lt=1, description="of SGD")
     nesterov: bool = Field(True, description="Nesterov's form of the momentum")
     weight_decay: float = Field(1e-4, ge=0, description="L2 penalty on every parameter")
+    clip_norm: float | None = Field(
+        None, gt=0, description="largest 2-norm of the whole gradient, to which a longer one is cut; null: none is cut"
+    )
     warmup_epochs: float = Field(5.0, ge=0, description="linear warm-up before the cosine, epochs")
+
+
+class Engine(Section):
+    name: Literal["ddp", "deepspeed"] = Field("ddp", description="what averages gradients (docs/engines.md)")
+    stage: int = Field(
+        1,
+        ge=0,
+        le=3,
+        description="name=deepspeed: ZeRO stage, what is cut over the ranks. 1: optimizer state; 2: gradients too; "
+        "3: parameters too; 0: nothing",
+    )
+    deepspeed_config: Path | None = Field(
+        None, description="name=deepspeed: JSON file of further settings of DeepSpeed's; what clashes is an error"
+    )
 
 
 class Train(Section):
@@ -383,6 +401,7 @@ class Config(Section):
     data: Data
     model: Model = Model()
     optim: Optim = Optim()
+    engine: Engine = Engine()
     train: Train = Train()
     learn: Learn = Learn()
     hyper: Hyper = Hyper()
@@ -467,6 +486,7 @@ def check_consistent(config: Config) -> None:
             raise AutodoError(
                 f"data.{name} = {getattr(data, name)}: changes nothing here (see `autodo settings`); leave it out"
             )
+    check_engine(config)
     if data.decoder == "pil" and data.device == "gpu":
         raise AutodoError("data.device = gpu: PIL decodes on the CPU; set data.decoder to auto, or data.device=auto")
     if config.data.stage_to and config.data.cache:
@@ -498,6 +518,28 @@ def check_consistent(config: Config) -> None:
         raise AutodoError(
             f"hyper.damping = {hyper.damping:g}: below optim.weight_decay = {config.optim.weight_decay:g}, which is "
             "part of the Hessian that cg inverts; raise it"
+        )
+
+
+def check_engine(config: Config) -> None:
+    """AutodoError for settings that the engine cannot serve, each with the reason."""
+    engine, default = config.engine, Engine.model_fields
+    if engine.name == "ddp":
+        for name in ("stage", "deepspeed_config"):
+            value = getattr(engine, name)
+            if value != default[name].default:
+                raise AutodoError(f"engine.{name} = {value}: changes nothing with DDP; set engine.name=deepspeed too")
+        return
+    if config.train.precision == "fp64":
+        raise AutodoError(
+            "train.precision = fp64: DeepSpeed averages and keeps float32 numbers; set engine.name=ddp, or "
+            "train.precision=fp32"
+        )
+    augment = config.learn.augment
+    if engine.stage == 3 and config.hyper.way == "shared" and augment != "none" and config.solver != "fisher":
+        raise AutodoError(
+            f"engine.stage = 3: gathers weights for one backward a forward, and learn.augment = {augment} with "
+            f"hyper.way = shared and {config.solver} takes two; set engine.stage=2, or hyper.way=separate"
         )
 
 

@@ -24,9 +24,11 @@ def evaluate(
     counts_C2 = torch.zeros(len(classes), 2, dtype=torch.float64, device=ranks.device)  # hits, pictures
     loss = torch.zeros((), dtype=torch.float64, device=ranks.device)
     for batch in loader.batches(epoch=0):
-        if not len(batch):
+        images_BCHW = batch.images_BCHW.to(dtype)
+        if not len(batch):  # a forward is a collective where weights are cut over ranks
+            module(images_BCHW.new_zeros(1, *images_BCHW.shape[1:]))
             continue
-        _, logits_BC = module(batch.images_BCHW.to(dtype))
+        _, logits_BC = module(images_BCHW)
         loss += F.cross_entropy(logits_BC, batch.labels_B, reduction="sum")
         hits_B = (logits_BC.argmax(1) == batch.labels_B).double()
         counts_C2.index_add_(0, batch.labels_B, torch.stack([hits_B, torch.ones_like(hits_B)], 1))

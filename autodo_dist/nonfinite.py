@@ -11,12 +11,11 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
-from torch.nn.utils import get_total_norm
 
 from autodo_dist.data.loader import Batch
 from autodo_dist.errors import AutodoError
@@ -66,7 +65,7 @@ class NotFinite(Exception):
 
 @dataclass(frozen=True)
 class Seen:
-    """A step that was made. norm: the 2-norm of the model after it, NaN or infinite if one of its values is."""
+    """A step that was made. norm: of this rank's part of the model after it."""
 
     step: int
     place: Place
@@ -83,19 +82,18 @@ class Seen:
 class Watch:
     """The steps made since the last look. A gradient that is not finite makes the weights so in the same step.
 
-    A weight beyond 1.8e19 counts as infinite too: its square is, in float32. No other norm is read as fast on a CPU.
+    `norm` gives the 2-norm of the model, as Engine.norm does. A weight beyond 1.8e19 counts as infinite too: its square
+    is, in float32. No other norm is read as fast on a CPU.
     """
 
-    def __init__(self, model: torch.nn.Module, ranks: Ranks) -> None:
-        self.ranks = ranks
-        self.values: list[torch.Tensor] = [*model.parameters()]
-        self.values += [value for value in model.buffers() if value.is_floating_point()]  # BatchNorm's statistics
+    def __init__(self, norm: Callable[[], torch.Tensor], ranks: Ranks) -> None:
+        self.norm, self.ranks = norm, ranks
         self.steps: list[Seen] = []
 
     @torch.no_grad()
     def note(self, step: int, place: Place, ids_B: torch.Tensor, trained: Trained) -> None:
         """Keep what `look` needs of a step, right after it. Costs one reading of the model's values, and no wait."""
-        self.steps.append(Seen(step, place, ids_B, trained, get_total_norm(self.values)))
+        self.steps.append(Seen(step, place, ids_B, trained, self.norm()))
 
     def look(self) -> None:
         """Read the steps since the last look; NotFinite tells of the first bad one. Every rank must call this."""

@@ -14,7 +14,6 @@ from autodo_dist.method.hypergrad import (
     Hypergradient,
     Rows,
     augmented,
-    frozen,
     hypergradient,
     sample_weights,
     validation_gradient,
@@ -61,7 +60,7 @@ def hyper_step(parts: Parts, hyper: Hyper, batch: Batch, lr: float, step: int, r
     rows, leaves = hyper.parameters.fetch(batch.ids_B, batch.next_ids_B).with_leaves(len(batch))
     with torch.set_grad_enabled(bool(leaves)):
         images_BCHW = augmented(batch.images_BCHW.to(parts.dtype), rows, batch.draws_BD, parts.pictures)
-        features_BD = frozen(parts.model.encoder)(images_BCHW)
+        features_BD = parts.engine.encode(images_BCHW)
     found = at_head(parts, hyper, features_BD, batch, rows, ranks)
     gates = torch.autograd.grad(features_BD, leaves, grad_outputs=found.feature_grad_BD) if leaves else ()
     hyper.parameters.apply_grads(batch.ids_B, found.rows(gates), lr=lr, step=step)
@@ -108,8 +107,7 @@ def renew_validation(parts: Parts, hyper: Hyper, validation: Batch, ranks: Ranks
         parts.model.eval()
     hyper.valid_grad_CD.copy_(
         validation_gradient(
-            parts.model.encoder,
-            parts.model.head,
+            parts.model,
             parts.pictures.plain(validation.images_BCHW.to(parts.dtype)),
             validation.labels_B,
             size=parts.loaders.hyper_validation.batch_size,
@@ -147,7 +145,7 @@ def at_head(
     """The hypergradient as far as the last layer gives it."""
     return hypergradient(
         features_BD.detach(),
-        parts.model.head,
+        parts.engine.head(),
         batch.labels_B,
         rows,
         hyper.valid_grad_CD,

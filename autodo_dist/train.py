@@ -13,7 +13,7 @@ import psutil
 import torch
 from rich.console import Console
 
-from autodo_dist import nonfinite, run_folder, run_lock
+from autodo_dist import engine_settings, nonfinite, run_folder, run_lock
 from autodo_dist.build import Parts, build, choose_device
 from autodo_dist.build_data import read_data
 from autodo_dist.config import Config
@@ -42,9 +42,10 @@ def train(config: Config) -> None:
     """
     clock = Clock(psutil.Process().create_time())
     clock.lap("imports")
+    place = comm.place()
+    engine_settings.check(config, place.ranks)
     manifest = read_data(config)
     run_folder.check_same_run(config, manifest.checksum)
-    place = comm.place()
     if run_folder.finished(config.folder):
         if place.rank == 0:
             print(f"run {config.folder} is finished, see its summary.json; another run.name starts another run")
@@ -89,9 +90,10 @@ def attempt(
     log.info("started: %s", ", ".join(parts_of_start))
     clock.carry(progress.seconds)
     metrics = MetricsFile(config.folder / "metrics.jsonl", progress.lines) if ranks.main else None
-    watch = Watch(parts.model, ranks)
+    watch = Watch(parts.engine.norm, ranks)
     with (
         contextlib.closing(parts.loaders.task.shards),
+        contextlib.closing(parts.engine),
         Saver(config.folder / "checkpoints", ranks) as saver,
         ProgressBar(screen, total_steps(config, parts), progress.step) as bar,
     ):

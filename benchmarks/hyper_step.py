@@ -39,6 +39,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from autodo_dist import build, build_data
 from autodo_dist.build import Hyper, Parts
+from autodo_dist.build_engine import build_engine
 from autodo_dist.config import Config, check_config
 from autodo_dist.data.loader import Batch
 from autodo_dist.data.manifest import Manifest
@@ -171,7 +172,7 @@ def make_parts(config: Config, split: Split, classes: int, ranks: Ranks) -> Part
     return Parts(
         manifest=manifest,
         model=model,
-        engine=build.build_engine(config, model, ranks),
+        engine=build_engine(config, model, ranks),
         loaders=cast(build_data.Loaders, SimpleNamespace(task=batch, hyper_validation=batch)),
         dtype=build.DTYPES[config.train.precision],
         lr=lambda done: LR,

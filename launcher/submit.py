@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 import yaml
 
+from autodo_dist import engine_settings
 from autodo_dist.config import Config, load_config
 from autodo_dist.errors import AutodoError
 from autodo_dist.files import write_text
@@ -61,6 +62,7 @@ def start(config: Config, dry_run: bool) -> int:
             f"train.batch_size = {config.train.batch_size}: smaller than the {ranks} ranks, some would get no picture; "
             "raise it or start fewer ranks"
         )
+    engine_settings.check(config, ranks)
     shape = f"{ranks} ranks ({launch.nodes} x {launch.ranks_per_node} per node), executor {launch.executor}"
     if launch.executor == "slurm":
         sbatch = slurm.parameters(config.run.name, launch.nodes, launch.ranks_per_node, launch.slurm)

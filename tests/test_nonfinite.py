@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from ranks import RankError, RankPool
 from test_autodo import learning
 from test_train import assert_close_runs, assert_equal_states, cut_back, lines, run_train, settings, weights
+from torch.nn.utils import get_total_norm
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from autodo_dist import steps
@@ -29,6 +30,7 @@ from autodo_dist.data.manifest import read_manifest
 from autodo_dist.errors import AutodoError
 from autodo_dist.nonfinite import NotFinite, Watch, recorded, without
 from autodo_dist.parallel import checkpoint, checkpoint_save, comm
+from autodo_dist.parallel.engine import held
 from autodo_dist.progress import tensors
 from autodo_dist.steps import Trained, renew_validation, shared_step, task_step
 
@@ -248,6 +250,10 @@ def alone() -> comm.Ranks:
     return comm.Ranks(0, 1, torch.device("cpu"))
 
 
+def watch_over(module: torch.nn.Module, ranks: comm.Ranks) -> Watch:
+    return Watch(lambda: get_total_norm(held(module)), ranks)
+
+
 def trained(loss_B: torch.Tensor) -> Trained:
     figures = torch.zeros(len(steps.FIGURES), dtype=torch.float64)
     figures[0] = loss_B.sum()
@@ -255,7 +261,7 @@ def trained(loss_B: torch.Tensor) -> Trained:
 
 
 def test_a_step_is_watched_without_reading_from_the_device() -> None:
-    watch = Watch(torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.BatchNorm1d(2)), alone())
+    watch = watch_over(torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.BatchNorm1d(2)), alone())
     with NoReading():
         watch.note(1, (0, "task", 0), torch.arange(4), trained(torch.ones(4)))
     with pytest.raises(AssertionError), NoReading():
@@ -268,7 +274,7 @@ def test_a_value_of_the_model_is_enough(where: str, value: float) -> None:
     """Statistics can overflow while every loss is finite, and would spoil the checkpoint. Large ones are well."""
     with comm.process_group(comm.Place(), torch.device("cpu")) as ranks:
         norm = torch.nn.BatchNorm1d(2)
-        watch = Watch(norm, ranks)
+        watch = watch_over(norm, ranks)
         getattr(norm, where).data[0] = 1e18
         watch.note(1, (0, "task", 0), torch.arange(4), trained(torch.ones(4)))
         watch.look()
@@ -283,7 +289,7 @@ def test_a_value_of_the_model_is_enough(where: str, value: float) -> None:
 def first_bad_on_ranks() -> str:
     """Rank 1's loss is infinite in step 2, rank 0's in step 3; no weight ever is. What a rank is told."""
     with comm.process_group(comm.place(), torch.device("cpu")) as ranks:
-        watch = Watch(torch.nn.Linear(1, 1), ranks)
+        watch = watch_over(torch.nn.Linear(1, 1), ranks)
         for step in (1, 2, 3):
             loss_B = torch.ones(3)
             loss_B[1] = torch.inf if step == 3 - ranks.rank else 1.0

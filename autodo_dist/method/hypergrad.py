@@ -20,6 +20,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from autodo_dist.method import losses, warp
@@ -76,6 +77,18 @@ class Objective:
 
 
 @dataclass(frozen=True)
+class Head:
+    """The last linear layer, as weights alone: logits_BC = h weight_CDᵀ + bias_C."""
+
+    weight: torch.Tensor
+    bias: torch.Tensor | None
+
+    def __call__(self, features_BD: torch.Tensor) -> torch.Tensor:
+        """The logits."""
+        return F.linear(features_BD, self.weight, self.bias)
+
+
+@dataclass(frozen=True)
 class Hypergradient:
     """What the last layer gives: gradients of weights and soft labels, and what λ^A needs.
 
@@ -120,8 +133,7 @@ def frozen(module: nn.Module) -> Encoder:
 
 @torch.no_grad()
 def validation_gradient(
-    encoder: Encoder,
-    head: nn.Linear,
+    model: Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]],
     images_BCHW: torch.Tensor,
     labels_B: torch.Tensor,
     *,
@@ -131,17 +143,17 @@ def validation_gradient(
 ) -> torch.Tensor:
     """g_v: gradient at θ of the mean cross entropy over the `size` validation pictures of all ranks.
 
-    Every rank must call this.
+    `model` gives features and logits. Every rank must call this.
     """
-    features_BD = encoder(images_BCHW)
-    delta_BC = losses.logit_grad("cross_entropy", head(features_BD), labels_B, None)
+    features_BD, logits_BC = model(images_BCHW)
+    delta_BC = losses.logit_grad("cross_entropy", logits_BC, labels_B, None)
     return group.sum(delta_BC.T @ extended(features_BD, bias) / size)
 
 
 @torch.no_grad()
 def hypergradient(
     features_BD: torch.Tensor,
-    head: nn.Linear,
+    head: Head,
     labels_B: torch.Tensor,
     rows: Rows,
     valid_grad_CD: torch.Tensor,
@@ -231,7 +243,7 @@ def weight_grad(
 
 def cosine(one: torch.Tensor, two: torch.Tensor) -> torch.Tensor:
     """The cosine of two directions; 0 where one of them is 0."""
-    return torch.nn.functional.cosine_similarity(one.flatten(), two.flatten(), dim=0)
+    return F.cosine_similarity(one.flatten(), two.flatten(), dim=0)
 
 
 def extended(features_BD: torch.Tensor, bias: bool) -> torch.Tensor:

@@ -1,7 +1,12 @@
-"""Data-parallel training of a model behind a few verbs, so that the loop does not know who averages the gradients."""
+"""Data-parallel training of a model behind a few verbs, so that the loop does not know who averages the gradients.
+
+A model here is an nn.Module with `encoder` and `head` that gives features and logits; its parameters are those of
+`optimizer`. An engine may cut parameters and optimizer state over the ranks, so nothing else may touch them.
+"""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,15 +15,95 @@ import torch.distributed as dist
 import torch.distributed.checkpoint.state_dict as dcp_state
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.nn.utils import clip_grad_norm_, get_total_norm
 
+from autodo_dist.method.hypergrad import Head, frozen
 from autodo_dist.parallel.comm import Ranks
 
 
-class DdpEngine:
-    """PyTorch's DistributedDataParallel around a model and its optimizer. Every method is a collective but `module`."""
+class Engine(ABC):
+    """What the loop asks of an engine; here, as far as it can be said where every rank holds everything.
+
+    Every method is a collective: every rank must call it. `module` may be called for features and logits without
+    gradients, which is one too; `step` belongs to the `forward` before it.
+    """
 
     def __init__(self, module: nn.Module, optimizer: torch.optim.Optimizer, ranks: Ranks) -> None:
         self.module, self.optimizer, self.ranks = module, optimizer, ranks
+
+    @abstractmethod
+    def forward(self, images_BCHW: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Features and logits of a batch, on the way to `step`. The features are differentiable with autograd.grad."""
+
+    @abstractmethod
+    def step(self, loss: torch.Tensor, lr: float, leaves: Sequence[torch.Tensor] = ()) -> None:
+        """One optimizer step along the gradient of the mean over ranks of `loss`; this rank's gradients go to `leaves`.
+
+        The gradient is cut to the engine's largest 2-norm, where it has one.
+        """
+
+    def encode(self, images_BCHW: torch.Tensor) -> torch.Tensor:
+        """Features whose weights get no gradient, so that a backward to the pictures is activation-only."""
+        return frozen(self.module.get_submodule("encoder"))(images_BCHW)
+
+    def head(self) -> Head:
+        """The last layer's weights as they are now, not to be changed."""
+        head = self.module.get_submodule("head")
+        assert isinstance(head, nn.Linear)
+        return Head(head.weight.detach(), None if head.bias is None else head.bias.detach())
+
+    def norm(self) -> torch.Tensor:
+        """The 2-norm of what this rank holds of the model, NaN or infinite if one of its values is.
+
+        Over all ranks that is every value. Not finite on some rank also where the last step's gradient was not,
+        whatever the engine made of it.
+        """
+        return get_total_norm(self.held())
+
+    def held(self) -> list[torch.Tensor]:
+        """This rank's part of parameters and statistics."""
+        return held(self.module)
+
+    def share_buffers(self) -> None:
+        """Give every rank rank 0's buffers (BatchNorm's running statistics), as DDP itself does before a forward."""
+        for buffer in self.module.buffers():
+            dist.broadcast(buffer, src=0)
+
+    def state(self) -> dict[str, Any]:
+        """Tensors of model and optimizer by parameter name, of the same names and shapes whatever the engine.
+
+        The optimizer's numbers (momentum, weight decay, …) are not among them: a run takes them from its settings.
+        """
+        model, optimizer = dcp_state.get_state_dict(self.module, self.optimizer)
+        return {"model": model, "optimizer": {"state": optimizer["state"]}}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Take back what `state` gave, on any engine and any number of ranks."""
+        settings = dcp_state.get_optimizer_state_dict(self.module, self.optimizer)["param_groups"]
+        dcp_state.set_state_dict(
+            self.module,
+            self.optimizer,
+            model_state_dict=state["model"],
+            optim_state_dict=state["optimizer"] | {"param_groups": settings},
+        )
+
+    def close(self) -> None:  # noqa: B027 - nothing holds them here
+        """Let go of model and optimizer. The engine is of no use any more."""
+
+
+def held(module: nn.Module) -> list[torch.Tensor]:
+    """Parameters and floating-point buffers of a module whose parameters are whole."""
+    return [*module.parameters(), *(value for value in module.buffers() if value.is_floating_point())]
+
+
+class DdpEngine(Engine):
+    """PyTorch's DistributedDataParallel around a model and its optimizer. clip_norm: None cuts no gradient."""
+
+    def __init__(
+        self, module: nn.Module, optimizer: torch.optim.Optimizer, ranks: Ranks, clip_norm: float | None = None
+    ) -> None:
+        super().__init__(module, optimizer, ranks)
+        self.clip_norm = clip_norm
         gpus = [ranks.device.index] if ranks.device.type == "cuda" else None
         self._parallel = DistributedDataParallel(module, device_ids=gpus)
 
@@ -42,35 +127,11 @@ class DdpEngine:
         return features_BD, logits_BC
 
     def step(self, loss: torch.Tensor, lr: float, leaves: Sequence[torch.Tensor] = ()) -> None:
-        """One optimizer step along the gradient of the mean over ranks of `loss`; this rank's gradients go to `leaves`.
-
-        Other leaves of the graph get none, so that nothing is computed for them.
-        """
+        """One optimizer step; see Engine. Other leaves of the graph than `leaves` cost nothing."""
         loss.backward(inputs=[*self.module.parameters(), *leaves])
+        if self.clip_norm is not None:
+            clip_grad_norm_(self.module.parameters(), self.clip_norm)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.optimizer.step()
         self.optimizer.zero_grad()
-
-    def share_buffers(self) -> None:
-        """Give every rank rank 0's buffers (BatchNorm's running statistics), as DDP itself does before a forward."""
-        for buffer in self.module.buffers():
-            dist.broadcast(buffer, src=0)
-
-    def state(self) -> dict[str, Any]:
-        """Tensors of model and optimizer by parameter name, whatever the engine.
-
-        The optimizer's numbers (momentum, weight decay, …) are not among them: a run takes them from its settings.
-        """
-        model, optimizer = dcp_state.get_state_dict(self.module, self.optimizer)
-        return {"model": model, "optimizer": {"state": optimizer["state"]}}
-
-    def restore(self, state: dict[str, Any]) -> None:
-        """Take back what `state` gave, on any number of ranks."""
-        settings = dcp_state.get_optimizer_state_dict(self.module, self.optimizer)["param_groups"]
-        dcp_state.set_state_dict(
-            self.module,
-            self.optimizer,
-            model_state_dict=state["model"],
-            optim_state_dict=state["optimizer"] | {"param_groups": settings},
-        )
