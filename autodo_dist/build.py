@@ -115,7 +115,7 @@ def build(config: Config, manifest: Manifest, ranks: Ranks) -> Parts:
         engine=build_engine(config, model, ranks),
         loaders=loaders,
         dtype=DTYPES[config.train.precision],
-        lr=functools.partial(schedule, peak=config.optim.lr),
+        lr=functools.partial(schedule, peak=config.lr),
         objective=Objective(
             loss=config.learn.loss if config.learn.soft_label else "cross_entropy",
             batch_size=config.train.batch_size,

@@ -7,6 +7,7 @@ import torch
 from autodo_dist import engine_settings
 from autodo_dist.config import Config
 from autodo_dist.models import Classifier
+from autodo_dist.optimizers import build_optimizer
 from autodo_dist.parallel.comm import Ranks
 from autodo_dist.parallel.deepspeed_engine import build_deepspeed_engine
 from autodo_dist.parallel.engine import DdpEngine, Engine
@@ -14,13 +15,7 @@ from autodo_dist.parallel.engine import DdpEngine, Engine
 
 def build_engine(config: Config, model: Classifier, ranks: Ranks) -> Engine:
     """Optimizer and data-parallel engine around the model. Every rank must call this."""
-    optimizer = torch.optim.SGD(
-        model.parameters(),
-        lr=config.optim.lr,
-        momentum=config.optim.momentum,
-        nesterov=engine_settings.nesterov(config),
-        weight_decay=config.optim.weight_decay,
-    )
+    optimizer = build_optimizer(model, config.optim, config.lr)
     if config.engine.name == "deepspeed":
         settings = engine_settings.of_deepspeed(config, ranks.ranks)
         return build_deepspeed_engine(model, optimizer, ranks, config.engine.stage, settings)

@@ -44,6 +44,7 @@ FREE_AT_RESUME = (
     "train.on_nonfinite",
     "train.most_rollbacks",
     "engine",  # a checkpoint holds the same whatever trained it
+    "optim.implementation",
     "checkpoint",
     "launch",
     "hyper.most_bad_rows",
@@ -53,6 +54,7 @@ FREE_AT_RESUME = (
 FREE_AT_FORK = (*FREE_AT_RESUME, "run.fork", "learn", "hyper", "train.evaluate_every")
 
 Share = Annotated[float, Field(gt=0, le=1)]
+Decay = Annotated[float, Field(ge=0, lt=1)]
 Positive = Annotated[float, Field(gt=0)]
 Probability = Annotated[float, Field(ge=0, le=1, strict=True)]
 
@@ -228,15 +230,75 @@ class Model(Section):
     )
 
 
+# What an optimizer is usually given, where that differs from the defaults below; a setting in the file comes before.
+# adamw: torch's own; lars: Chen et al. 2020 (SimCLR), lr for a batch of 256; lamb: Wightman et al. 2021 (ResNet strikes
+# back, A2), lr for a batch of 2048.
+USUAL: dict[str, dict[str, Any]] = {
+    "adamw": {"lr": 1e-3, "weight_decay": 0.01},
+    "lars": {"lr": 0.3, "nesterov": False, "decay_norms": False},
+    "lamb": {"lr": 5e-3, "eps": 1e-6, "weight_decay": 0.02, "decay_norms": False},
+}
+LAYERWISE = ("lars", "lamb")  # a step needs the norms of whole parameters
+# The settings that some optimizers do not read.
+READ_BY = {
+    "momentum": ("sgd", "lars"),
+    "nesterov": ("sgd", "lars"),
+    "betas": ("adamw", "lamb"),
+    "eps": ("adamw", "lamb"),
+    "trust_coefficient": ("lars",),
+}
+
+
 class Optim(Section):
-    lr: float = Field(0.1, gt=0, description="peak learning rate, for the whole global batch")
-    momentum: float = Field(0.9, ge=0, lt=1, description="of SGD")
-    nesterov: bool = Field(True, description="Nesterov's form of the momentum")
-    weight_decay: float = Field(1e-4, ge=0, description="L2 penalty on every parameter")
+    name: Literal["sgd", "adamw", "lars", "lamb"] = Field(
+        "sgd",
+        description="lars, lamb: SGD and Adam with a rate for each parameter tensor, for large batches (formulas: "
+        "autodo_dist/optimizers.py). The defaults below are sgd's; where another has its own, they are named there",
+    )
+    implementation: Literal["torch", "torch_fused", "apex"] = Field(
+        "torch",
+        description="torch: PyTorch's and timm's; torch_fused: PyTorch's fused kernels, sgd and adamw; apex: NVIDIA's "
+        "fused kernels on a GPU, sgd, adamw and lamb. The same numbers to rounding; never another one in its place",
+    )
+    lr: float = Field(
+        0.1,
+        gt=0,
+        description="peak learning rate, for the whole global batch; adamw: 0.001, lars: 0.3, lamb: 0.005",
+    )
+    lr_batch_size: int | None = Field(
+        None,
+        ge=1,
+        description="the batch size that optim.lr is meant for: it is multiplied by train.batch_size / this (Goyal et "
+        "al. 2017). null: optim.lr as it stands",
+    )
+    momentum: float = Field(0.9, ge=0, lt=1, description="sgd, lars: share of the last step's direction that is kept")
+    nesterov: bool = Field(True, description="sgd, lars: Nesterov's form of the momentum; lars: false")
+    betas: tuple[Decay, Decay] = Field((0.9, 0.999), description="adamw, lamb: decay of first and second moment")
+    eps: float = Field(1e-8, gt=0, description="adamw, lamb: added to the root of the second moment; lamb: 1e-6")
+    trust_coefficient: float = Field(
+        1e-3, gt=0, description="lars: η, the rate of a parameter tensor is η |w| / (|gradient| + weight decay |w|)"
+    )
     clip_norm: float | None = Field(
         None, gt=0, description="largest 2-norm of the whole gradient, to which a longer one is cut; null: none is cut"
     )
+    weight_decay: float = Field(
+        1e-4,
+        ge=0,
+        description="sgd, lars: L2 penalty; adamw: decoupled from the gradient; lamb: added to the direction. adamw: "
+        "0.01, lamb: 0.02",
+    )
+    decay_norms: bool = Field(
+        True,
+        description="weight decay, and the rates of lars and lamb, for biases and norms too: the parameters of one "
+        "dimension; lars, lamb: false",
+    )
     warmup_epochs: float = Field(5.0, ge=0, description="linear warm-up before the cosine, epochs")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _usual(cls, values: Any) -> Any:
+        """Lay what is usual for the optimizer under the settings that are given."""
+        return {**USUAL.get(str(values.get("name")), {}), **values} if isinstance(values, dict) else values
 
 
 class Engine(Section):
@@ -424,6 +486,12 @@ class Config(Section):
         return "cg" if self.hyper.solver == "fisher" and large else self.hyper.solver
 
     @property
+    def lr(self) -> float:
+        """The peak learning rate of this run's batch size."""
+        batch = self.optim.lr_batch_size
+        return self.optim.lr * self.train.batch_size / batch if batch is not None else self.optim.lr
+
+    @property
     def folder(self) -> Path:
         """Folder of the run."""
         return self.run.root / self.run.name
@@ -507,6 +575,7 @@ def check_consistent(config: Config) -> None:
         raise AutodoError(
             f"data.policy = {config.data.policy}: custom and data.sub_policies belong together; set both or neither"
         )
+    check_optimizer(config)
     if not learn.anything:
         return
     if hyper.start_epoch >= epochs:
@@ -535,11 +604,48 @@ def check_engine(config: Config) -> None:
             "train.precision = fp64: DeepSpeed averages and keeps float32 numbers; set engine.name=ddp, or "
             "train.precision=fp32"
         )
+    for name, served in (("name", "sgd"), ("implementation", "torch")):
+        if (value := getattr(config.optim, name)) != served:
+            raise AutodoError(
+                f"optim.{name} = {value}: with engine.name = deepspeed only {served} is served so far; set it, or "
+                "engine.name=ddp"
+            )
+    if engine.stage == 3 and config.train.average is not None:
+        raise AutodoError(
+            "train.average: needs whole weights, which engine.stage = 3 cuts over the ranks; set engine.stage=2, or "
+            "train.average=null"
+        )
     augment = config.learn.augment
     if engine.stage == 3 and config.hyper.way == "shared" and augment != "none" and config.solver != "fisher":
         raise AutodoError(
             f"engine.stage = 3: gathers weights for one backward a forward, and learn.augment = {augment} with "
             f"hyper.way = shared and {config.solver} takes two; set engine.stage=2, or hyper.way=separate"
+        )
+
+
+def check_optimizer(config: Config) -> None:
+    """AutodoError for a setting that the optimizer does not read, or an implementation that it does not have."""
+    optim, asked = config.optim, f"optim.implementation = {config.optim.implementation}"
+    for name, readers in READ_BY.items():
+        value = getattr(optim, name)
+        if optim.name not in readers and value != Optim.model_fields[name].default:
+            raise AutodoError(
+                f"optim.{name} = {value}: {optim.name} does not read it, {' and '.join(readers)} would; leave it out"
+            )
+    if optim.implementation == "torch_fused" and optim.name in LAYERWISE:
+        raise AutodoError(f"{asked}: PyTorch has no fused {optim.name}; set optim.implementation=torch")
+    if optim.implementation != "apex":
+        return
+    if optim.name == "lars":
+        raise AutodoError(f"{asked}: apex has no LARS (LARC left it in 2025); set optim.implementation=torch")
+    if config.train.device == "cpu":
+        raise AutodoError(f"{asked}: its kernels run on GPUs, and train.device = cpu; set one of them otherwise")
+    if config.train.precision == "fp64":
+        raise AutodoError(f"{asked}: it has no float64, train.precision = fp64; set optim.implementation=torch")
+    if optim.name == "lamb" and optim.weight_decay == 0 and not optim.decay_norms:
+        raise AutodoError(
+            f"{asked}: FusedLAMB adapts the rate where there is weight decay, and optim.weight_decay = 0; set it, or "
+            "optim.decay_norms=true, or optim.implementation=torch"
         )
 
 

@@ -23,12 +23,12 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from importlib import metadata
-from importlib.util import find_spec
 from pathlib import Path
 from typing import IO, Any, Literal
 
 import psutil
 
+from autodo_dist import nvidia_apex
 from autodo_dist.errors import AutodoError
 from autodo_dist.ports import PORTS, free_port
 
@@ -199,24 +199,11 @@ def check_deepspeed(gpus: int) -> Finding:
 
 def check_apex() -> Finding:
     """Tell NVIDIA's apex from PyPI's, by their files: neither is imported."""
-    build = "APEX_CPP_EXT=1 APEX_CUDA_EXT=1 pip install -v --no-build-isolation git+https://github.com/NVIDIA/apex"
-    spec = find_spec("apex")
-    if spec is None:
-        return Finding("apex", "ok", f"not installed, and not needed; built from NVIDIA's source: {build}")
-    folders = [Path(folder) for folder in spec.submodule_search_locations or ()]
-    place = folders[0] if folders else spec.origin
-    if any((folder / "optimizers" / "__init__.py").is_file() for folder in folders):
-        return Finding("apex", "ok", f"NVIDIA's, in {place}")
-    if spec.origin is None:
-        what = f"{place} is a folder, no package, yet `import apex` finds it"
-        return Finding("apex", "warning", what, "run from another folder, or install it from there")
-    try:
-        known = metadata.metadata("apex")
-        kind = ", ".join(known[key] for key in ("Version", "Summary") if key in known)
-    except metadata.PackageNotFoundError:
-        kind = "without optimizers"
-    what = f"{place} is another project ({kind}), not NVIDIA's"
-    return Finding("apex", "error", one_line(what), f"pip uninstall apex; NVIDIA's: {build}")
+    found = nvidia_apex.find()
+    if found.kind == "absent":
+        return Finding("apex", "ok", f"not installed, and not needed; built from NVIDIA's source: {found.cure}")
+    status: dict[str, Literal["ok", "warning", "error"]] = {"nvidia": "ok", "other": "error"}
+    return Finding("apex", status.get(found.kind, "warning"), one_line(found.what), found.cure)
 
 
 def check_compiler() -> Finding:

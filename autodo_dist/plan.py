@@ -61,9 +61,10 @@ class Footprint:
 class Workload:
     """What is to be done, whatever the machine. The fields named as settings of `config.py` are those.
 
-    picture_bytes: one picture as the model takes it. bytes_per_number: of weights, 4 or 8. row_width: P, 0 where no
-    sample has a row. shared_width: values of the row that all samples share. bytes_per_value: of the table, 2, 4 or 8.
-    space, products: see solvers.Space; products with the curvature in a hyper step.
+    picture_bytes: one picture as the model takes it. bytes_per_number: of weights, 4 or 8. optimizer_numbers: kept
+    by it for each of them. row_width: P, 0 where no sample has a row. shared_width: values of the row that all samples
+    share. bytes_per_value: of the table, 2, 4 or 8. space, products: see solvers.Space; products with the curvature in
+    a hyper step.
     """
 
     train_samples: int
@@ -75,7 +76,7 @@ class Workload:
     epochs: int
     steps_per_pass: int | None = None
     bytes_per_number: int = 4
-    momentum: bool = True
+    optimizer_numbers: int = 1
     learns: bool = False
     row_width: int = 0
     shared_width: int = 0
@@ -258,7 +259,7 @@ def memory(work: Workload, ranks: int) -> tuple[Memory, ...]:
         Memory("weights and buffers", weights + sum(foot.buffers)),
         Memory("gradients", weights),
         Memory("gradient buckets of DDP", weights),
-        Memory("momentum of SGD", weights * work.momentum),
+        Memory("optimizer state", weights * work.optimizer_numbers),
         Memory(f"pictures of {BATCHES_HELD} batches", BATCHES_HELD * local * work.picture_bytes),
         Memory("activations of the task step", foot.alive["task"].at(local), "task"),
     ]

@@ -22,6 +22,7 @@ from autodo_dist.data.manifest import Manifest
 from autodo_dist.errors import AutodoError
 from autodo_dist.metrics import START, Clock, Interval, MetricsFile, ProgressBar, console
 from autodo_dist.nonfinite import Fault, NotFinite, Watch
+from autodo_dist.optimizers import optimizer_class
 from autodo_dist.parallel import checkpoint, comm
 from autodo_dist.parallel.checkpoint_save import Saver
 from autodo_dist.parallel.comm import Ranks
@@ -44,6 +45,7 @@ def train(config: Config) -> None:
     clock.lap("imports")
     place = comm.place()
     engine_settings.check(config, place.ranks)
+    optimizer_class(config.optim)  # what is not installed is said before data is touched
     manifest = read_data(config)
     run_folder.check_same_run(config, manifest.checksum)
     if run_folder.finished(config.folder):

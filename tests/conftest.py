@@ -15,6 +15,15 @@ from ranks import RankPool
 os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
 
 
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Skip what is marked `gpu` where torch finds none."""
+    if item.get_closest_marker("gpu"):
+        import torch
+
+        if not torch.cuda.is_available():
+            pytest.skip("torch finds no GPU")
+
+
 @pytest.fixture(autouse=True)
 def no_process_group_left() -> Iterator[None]:
     """A run that failed in this process keeps its process group, as a rank must; the next test needs none."""

@@ -140,10 +140,16 @@ def test_apex_is_told_apart_without_importing_it(tmp_path: Path, monkeypatch: py
         assert (found.status, found.cure) == ("ok", "")
         assert found.what.startswith("not installed")
     with monkeypatch.context() as patch:
-        put(tmp_path / "nvidia", "apex/__init__.py", "apex/optimizers/__init__.py", "apex/amp/__init__.py")
+        put(tmp_path / "nvidia", "apex/__init__.py", "apex/optimizers/__init__.py", "amp_C.py")
         patch.syspath_prepend(tmp_path / "nvidia")
         found = doctor.check_apex()
         assert (found.status, found.what) == ("ok", f"NVIDIA's, in {tmp_path / 'nvidia' / 'apex'}")
+    with monkeypatch.context() as patch:
+        put(tmp_path / "bare", "apex/__init__.py", "apex/optimizers/__init__.py")
+        patch.syspath_prepend(tmp_path / "bare")
+        found = doctor.check_apex()
+        assert (found.status, "without its CUDA kernels" in found.what) == ("warning", True)
+        assert found.cure.startswith("APEX_CPP_EXT=1 APEX_CUDA_EXT=1 pip install")
     with monkeypatch.context() as patch:
         put(tmp_path / "pypi", "apex/__init__.py", "apex/forms.py", "apex/lib/__init__.py")
         metadata = tmp_path / "pypi" / "apex-0.9.10.dev0.dist-info" / "METADATA"

@@ -317,7 +317,7 @@ def test_memory_by_part() -> None:
     parts = {part.part: part for part in planning.memory(WORK, 8)}
     sizes = {name: part.bytes for name, part in parts.items()}
     assert sizes["weights and buffers"] == 4012
-    assert sizes["gradients"] == sizes["gradient buckets of DDP"] == sizes["momentum of SGD"] == 4000
+    assert sizes["gradients"] == sizes["gradient buckets of DDP"] == sizes["optimizer state"] == 4000
     assert sizes["activations of the task step"] == sizes["activations of the hyper step"] == 180
     assert sizes["pictures of 3 batches"] == 3 * 8 * 300
     assert sizes["rows: values"] == sizes["rows: second moments"] == 113 * 25 * 4

@@ -122,6 +122,7 @@ def workload(config: Config, sizes: Sizes, cluster: Cluster) -> Workload:
 
     from autodo_dist import build, build_data
     from autodo_dist.footprint import measure
+    from autodo_dist.optimizers import numbers_per_parameter
 
     learn, hyper, batch = config.learn, config.hyper, config.train.batch_size
     operations, dtype = build_data.operations(config), build.DTYPES[config.train.precision]
@@ -147,7 +148,7 @@ def workload(config: Config, sizes: Sizes, cluster: Cluster) -> Workload:
         epochs=config.train.epochs,
         steps_per_pass=config.train.steps_per_pass,
         bytes_per_number=dtype.itemsize,
-        momentum=config.optim.momentum > 0,
+        optimizer_numbers=numbers_per_parameter(config.optim),
         learns=learn.anything,
         row_width=build.build_layout(config, sizes.classes).width,
         shared_width=2 * len(operations) if learn.augment == "shared" else 0,

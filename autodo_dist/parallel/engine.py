@@ -112,14 +112,30 @@ class DdpEngine(Engine):
 
         DDP regroups after its first backward pass, and a ring all-reduce over three or more ranks adds an element's
         summands in an order that depends on its place in a bucket. Without this, the first step after a resume would
-        differ from the unbroken run's in the last bits.
+        differ from the unbroken run's in the last bits. The optimizer's state is made too.
         """
         training = self.module.training
         self.module.eval()
         for _ in range(2):
             self._parallel(images_BCHW)[1].sum().backward()
         self.optimizer.zero_grad()
+        self._make_optimizer_state()
         self.module.train(training)
+
+    def _make_optimizer_state(self) -> None:
+        """Have all of it there, as zeros, before the first step.
+
+        DCP would make a step with gradients of zero for that, whose traces stay (weight decay in the momentum, a step
+        counted): a save before the first step would change the run.
+        """
+        groups = [dict(group) for group in self.optimizer.param_groups]
+        dcp_state.get_optimizer_state_dict(self.module, self.optimizer)
+        for state in self.optimizer.state.values():
+            for value in state.values():
+                value.zero_()
+        for group, before in zip(self.optimizer.param_groups, groups, strict=True):
+            group.clear()
+            group.update(before)
 
     def forward(self, images_BCHW: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Features and logits of a batch, on the way to `step`."""
