@@ -118,6 +118,7 @@ def unbroken(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str
         tmp_path_factory.mktemp("unbroken"),
         train__epochs=3,
         train__on_nonfinite="rollback",
+        train__average=0.9,
         learn__augment="shared",
         hyper__validation_every=3,
     )
