@@ -40,7 +40,9 @@ from autodo_dist.plan import check_memory
 from autodo_dist.weights import load_weights
 
 log = logging.getLogger(__name__)
-DTYPES = {"fp32": torch.float32, "fp64": torch.float64}
+# train.precision -> the type of weights, pictures, losses and rows, and that in which the encoder computes.
+DTYPES = {"fp32": torch.float32, "fp64": torch.float64, "bf16": torch.float32, "fp16": torch.float32}
+AUTOCAST = {"fp32": None, "fp64": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True)
@@ -109,10 +111,11 @@ def build(config: Config, manifest: Manifest, ranks: Ranks) -> Parts:
     model = build_classifier(config, len(manifest.classes), ranks.device)
     if config.model.init_from is not None and not checkpoint.complete(config.folder / "checkpoints"):
         load_weights(model, config.model.init_from)
+    average = Average(model, config.train.average) if config.train.average is not None else None
     parts = Parts(
         manifest=manifest,
         model=model,
-        engine=build_engine(config, model, ranks),
+        engine=build_engine(config, model, ranks),  # a copy of the model is to be made before
         loaders=loaders,
         dtype=DTYPES[config.train.precision],
         lr=functools.partial(schedule, peak=config.lr),
@@ -125,7 +128,7 @@ def build(config: Config, manifest: Manifest, ranks: Ranks) -> Parts:
         ),
         pictures=build_pictures(config),
         hyper=build_hyper(config, manifest, split, model.head, schedule, ranks) if config.learn.anything else None,
-        average=Average(model, config.train.average) if config.train.average is not None else None,
+        average=average,
     )
     keep_shards(config, loaders.task.shards, ranks)  # last: it may take long, and what is wrong is said before
     return parts
@@ -239,7 +242,27 @@ def build_classifier(config: Config, classes: int, device: torch.device) -> Clas
             f"model.name = {config.model.name!r}: does not take pictures of {size} x {size} pixels ({reason}); "
             "set data.image_size"
         ) from error
-    return model.train().to(device, DTYPES[config.train.precision])
+    model.autocast = AUTOCAST[config.train.precision]
+    if device.type == "cpu" and model.autocast == torch.float16:  # a GPU's run that is evaluated here
+        model.autocast = None
+    if config.train.channels_last:
+        model.memory_format = torch.channels_last
+    if config.model.sync_batch_norm:
+        model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    model = model.train().to(device, DTYPES[config.train.precision])
+    return model.to(memory_format=model.memory_format) if config.train.channels_last else model
+
+
+def check_device(config: Config, device: torch.device) -> None:
+    """AutodoError for settings that need a GPU where there is none."""
+    if device.type == "cuda":
+        return
+    for name, wanted, cure in (
+        ("train.precision = fp16", config.train.precision == "fp16", "train.precision=bf16"),
+        ("model.sync_batch_norm = true", config.model.sync_batch_norm, "model.sync_batch_norm=false"),
+    ):
+        if wanted:
+            raise AutodoError(f"{name}: needs a GPU, and this rank trains on the CPU; set {cure}")
 
 
 def choose_device(setting: Literal["auto", "cpu", "cuda"], local_rank: int) -> torch.device:

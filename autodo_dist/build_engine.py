@@ -19,7 +19,8 @@ def build_engine(config: Config, model: Classifier, ranks: Ranks) -> Engine:
     if config.engine.name == "deepspeed":
         settings = engine_settings.of_deepspeed(config, ranks.ranks)
         return build_deepspeed_engine(model, optimizer, ranks, config.engine.stage, settings)
-    engine = DdpEngine(model, optimizer, ranks, config.optim.clip_norm)
+    scaler = torch.amp.GradScaler(ranks.device.type) if config.train.precision == "fp16" else None
+    engine = DdpEngine(model, optimizer, ranks, config.optim.clip_norm, scaler)
     size, dtype = config.data.image_size, next(model.parameters()).dtype
     engine.settle(torch.zeros(1, 3, size, size, device=ranks.device, dtype=dtype))
     return engine

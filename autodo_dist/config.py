@@ -224,6 +224,9 @@ class Model(Section):
         "resnet18",
         description="a classifier of torchvision, e.g. resnet18; timm/NAME; wrn_DEPTH_WIDTH, e.g. wrn_28_10; convnet",
     )
+    sync_batch_norm: bool = Field(
+        False, description="BatchNorm over the global batch and not a rank's part; on GPUs, by PyTorch's SyncBatchNorm"
+    )
     init_from: Path | None = Field(
         None,
         description="start weights: a file of `autodo checkpoint export`, torchvision or timm",
@@ -326,7 +329,12 @@ class Train(Section):
     )
     seed: int = Field(0, ge=0, lt=2**63, description="seed of start weights, order and crops")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: cuda where there is a GPU")
-    precision: Literal["fp32", "fp64"] = Field("fp32", description="of model and pictures; fp64: to compare runs")
+    precision: Literal["fp32", "bf16", "fp16", "fp64"] = Field(
+        "fp32",
+        description="in which the encoder computes (autocast); weights, head, losses and rows are float32. fp16: on a "
+        "GPU, the loss is scaled; fp64: everything, to compare runs",
+    )
+    channels_last: bool = Field(False, description="keep pictures and weights as B x H x W x C, fast on many GPUs")
     threads: int = Field(1, ge=1, description="torch's CPU threads per rank (a resume is bit-exact at the same number)")
     deterministic: bool = Field(
         False,
@@ -569,6 +577,11 @@ def check_consistent(config: Config) -> None:
         raise AutodoError("learn.color = true: not in the original code; set compat to null, or learn.color=false")
     if config.train.label_smoothing and learn.soft_label:
         raise AutodoError("train.label_smoothing: soft labels are learnt; set learn.smoothing, their start, instead")
+    if learn.augment != "none" and config.train.precision == "fp16":
+        raise AutodoError(
+            "train.precision = fp16: learnt augmentation takes gradients through the encoder that are too small for "
+            "float16; set train.precision=bf16, or learn.augment=none"
+        )
     if learn.normalize_weights and not learn.weight:
         raise AutodoError("learn.normalize_weights = true: there are no weights; set learn.weight=true too")
     if (config.data.policy == "custom") != bool(config.data.sub_policies):
@@ -604,6 +617,8 @@ def check_engine(config: Config) -> None:
             "train.precision = fp64: DeepSpeed averages and keeps float32 numbers; set engine.name=ddp, or "
             "train.precision=fp32"
         )
+    if config.train.precision == "fp16":
+        raise AutodoError("train.precision = fp16: not served with DeepSpeed; set bf16, or engine.name=ddp")
     for name, served in (("name", "sgd"), ("implementation", "torch")):
         if (value := getattr(config.optim, name)) != served:
             raise AutodoError(

@@ -31,8 +31,13 @@ RELUS = (F.relu, torch.relu)
 class Classifier(nn.Module):
     """features_BD = encoder(images_BCHW), logits_BC = head(features_BD); `head` is the last linear layer.
 
-    head_path: its name in the network that was parted, where that is somebody else's; see `own_names`.
+    head_path: its name in the network that was parted, where that is somebody else's; see `own_names`. autocast: the
+    type in which the encoder computes where torch deems it safe; None: that of the weights, which the head always has.
+    memory_format: of the pictures, which those of the weights should have too.
     """
+
+    autocast: torch.dtype | None = None
+    memory_format: torch.memory_format = torch.contiguous_format
 
     def __init__(self, encoder: nn.Module, head: nn.Linear, head_path: str | None = None) -> None:
         super().__init__()
@@ -40,7 +45,10 @@ class Classifier(nn.Module):
 
     def forward(self, images_BCHW: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Features and logits of a batch of normalised pictures."""
-        features_BD = self.encoder(images_BCHW)
+        images_BCHW = images_BCHW.contiguous(memory_format=self.memory_format)
+        with torch.autocast(images_BCHW.device.type, self.autocast, enabled=self.autocast is not None):
+            features_BD = self.encoder(images_BCHW)
+        features_BD = features_BD.to(self.head.weight.dtype)
         return features_BD, self.head(features_BD)
 
     def own_names(self) -> dict[str, str]:

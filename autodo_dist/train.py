@@ -14,7 +14,7 @@ import torch
 from rich.console import Console
 
 from autodo_dist import engine_settings, nonfinite, run_folder, run_lock
-from autodo_dist.build import Parts, build, choose_device
+from autodo_dist.build import Parts, build, check_device, choose_device
 from autodo_dist.build_data import read_data
 from autodo_dist.config import Config
 from autodo_dist.data.loader import Batch, Loader, endless
@@ -44,6 +44,8 @@ def train(config: Config) -> None:
     clock = Clock(psutil.Process().create_time())
     clock.lap("imports")
     place = comm.place()
+    device = choose_device(config.train.device, place.local_rank)
+    check_device(config, device)
     engine_settings.check(config, place.ranks)
     optimizer_class(config.optim)  # what is not installed is said before data is touched
     manifest = read_data(config)
@@ -56,7 +58,7 @@ def train(config: Config) -> None:
     repeatable(config.train.deterministic)
     run_folder.make(config.folder)
     with (
-        comm.process_group(place, choose_device(config.train.device, place.local_rank)) as ranks,
+        comm.process_group(place, device) as ranks,
         console(config.folder / "logs" / f"rank-{place.rank:05d}.log", ranks.main) as screen,
         run_lock.held(config.folder, config.launch.executor == "slurm", ranks) as lock,
     ):

@@ -20,6 +20,8 @@ from torch.nn.utils import clip_grad_norm_, get_total_norm
 from autodo_dist.method.hypergrad import Head, frozen
 from autodo_dist.parallel.comm import Ranks
 
+SCALER = {"scale": float, "_growth_tracker": int}  # what changes of a GradScaler's state
+
 
 class Engine(ABC):
     """What the loop asks of an engine; here, as far as it can be said where every rank holds everything.
@@ -44,7 +46,7 @@ class Engine(ABC):
 
     def encode(self, images_BCHW: torch.Tensor) -> torch.Tensor:
         """Features whose weights get no gradient, so that a backward to the pictures is activation-only."""
-        return frozen(self.module.get_submodule("encoder"))(images_BCHW)
+        return frozen(self.module)(images_BCHW)[0]
 
     def head(self) -> Head:
         """The last layer's weights as they are now, not to be changed."""
@@ -97,13 +99,23 @@ def held(module: nn.Module) -> list[torch.Tensor]:
 
 
 class DdpEngine(Engine):
-    """PyTorch's DistributedDataParallel around a model and its optimizer. clip_norm: None cuts no gradient."""
+    """PyTorch's DistributedDataParallel around a model and its optimizer.
+
+    clip_norm: None cuts no gradient. scaler: scales the loss for float16, and leaves out a step whose gradient
+    overflows; its state is part of the engine's.
+    """
 
     def __init__(
-        self, module: nn.Module, optimizer: torch.optim.Optimizer, ranks: Ranks, clip_norm: float | None = None
+        self,
+        module: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        ranks: Ranks,
+        clip_norm: float | None = None,
+        scaler: torch.amp.GradScaler | None = None,
     ) -> None:
         super().__init__(module, optimizer, ranks)
         self.clip_norm = clip_norm
+        self.scaler = torch.amp.GradScaler(ranks.device.type, enabled=False) if scaler is None else scaler
         gpus = [ranks.device.index] if ranks.device.type == "cuda" else None
         self._parallel = DistributedDataParallel(module, device_ids=gpus)
 
@@ -144,10 +156,31 @@ class DdpEngine(Engine):
 
     def step(self, loss: torch.Tensor, lr: float, leaves: Sequence[torch.Tensor] = ()) -> None:
         """One optimizer step; see Engine. Other leaves of the graph than `leaves` cost nothing."""
-        loss.backward(inputs=[*self.module.parameters(), *leaves])
+        scale = self.scaler.get_scale()  # 1 where there is none
+        self.scaler.scale(loss).backward(inputs=[*self.module.parameters(), *leaves])
+        self.scaler.unscale_(self.optimizer)
+        for leaf in leaves:
+            if leaf.grad is not None:
+                leaf.grad /= scale
         if self.clip_norm is not None:
             clip_grad_norm_(self.module.parameters(), self.clip_norm)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        self.optimizer.step()
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
         self.optimizer.zero_grad()
+
+    def state(self) -> dict[str, Any]:
+        """See Engine; with the scale of the loss, where there is one."""
+        if not self.scaler.is_enabled():
+            return super().state()
+        saved = self.scaler.state_dict()
+        scaler = {name: torch.tensor(saved[name], dtype=torch.float64) for name in SCALER}
+        return super().state() | {"scaler": scaler}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """See Engine."""
+        super().restore(state)
+        if self.scaler.is_enabled():
+            saved = {name: kind(state["scaler"][name]) for name, kind in SCALER.items()}
+            self.scaler.load_state_dict(self.scaler.state_dict() | saved)
