@@ -180,6 +180,7 @@ def components(folder: Path) -> list[str]:
     return tensors + [f"progress.{field.name}" for field in fields(Progress) if field.name not in MEASURED]
 
 
+@pytest.mark.slow(reason="45 runs, one for each component of the state")
 def test_each_component_left_out_is_noticed(unbroken: dict[str, Any], tmp_path: Path) -> None:
     """With nothing left out the resumed run is the unbroken one; without any one component it is not."""
     whole = Path(unbroken["run"]["root"]) / "run"
@@ -232,6 +233,7 @@ def saved_again(tree: dict[str, Any], step: int) -> None:
         checkpoint_save.save(config.folder / "checkpoints", step, tensors(parts), asdict(progress), ranks)
 
 
+@pytest.mark.slow(reason="200 steps, made twice")
 def test_an_elastic_resume_is_the_same_run(pool: RankPool, digits: Path, tmp_path: Path) -> None:
     """The state is equal to the bit right after it, on fewer ranks and on more; then 150 steps to 1e-5.
 
@@ -319,6 +321,7 @@ def global_batches(parts: list[Seen]) -> dict[int, list[int]]:
     return {position: [id_ for part in parts for id_ in part[position]] for position in sorted(positions)}
 
 
+@pytest.mark.slow(reason="22 starts on changing ranks")
 def test_many_numbers_of_ranks_and_crashes_in_one_epoch(pool: RankPool, digits: Path, tmp_path: Path) -> None:
     """The same ids in the same global batches; steps that are done again are done with the same ids."""
     tree = learning(
