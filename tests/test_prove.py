@@ -464,17 +464,18 @@ def test_the_verdict(plain: Config, found: Any, verdict: str, fault: str) -> Non
 
 
 @pytest.mark.parametrize(
-    ("model", "curvature", "why"),
+    ("changes", "why"),
     [
-        ("convnet", "global", ""),
-        ("convnet", "per_rank", "hyper.curvature = per_rank"),
-        ("resnet18", "global", "BatchNorm"),
-        ("vgg11", "global", "dropout"),
-        ("convnext_tiny", "global", "dropout"),
+        ({"model__name": "convnet"}, ""),
+        ({"model__name": "convnet", "hyper__curvature": "per_rank"}, "hyper.curvature = per_rank"),
+        ({"model__name": "convnet", "train__precision": "bf16"}, "the rounding of bf16"),
+        ({"model__name": "resnet18"}, "BatchNorm"),
+        ({"model__name": "vgg11"}, "dropout"),
+        ({"model__name": "convnext_tiny"}, "dropout"),
     ],
 )
-def test_what_depends_on_the_ranks(model: str, curvature: str, why: str) -> None:
-    user = config(Path("data"), Path(), model__name=model, hyper__curvature=curvature)
+def test_what_depends_on_the_ranks(changes: dict[str, Any], why: str) -> None:
+    user = config(Path("data"), Path(), **changes)
     found = depends_on_ranks(user, 10)
     assert why in found
     assert bool(why) == bool(found)

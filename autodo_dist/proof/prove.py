@@ -212,7 +212,7 @@ def usual(config: Config, ended: Ended) -> dict[str, float]:
 
 
 def depends_on_ranks(config: Config, classes: int) -> str:
-    """Why a loss depends on how a global batch is cut into ranks' parts, beyond rounding; empty if it does not."""
+    """Why a loss depends on how a global batch is cut into ranks' parts, beyond float32's rounding; or empty."""
     with torch.device("meta"):
         model = build_model(config.model.name, classes, config.train.seed, config.data.image_size)
     parts = list(model.modules())
@@ -223,4 +223,6 @@ def depends_on_ranks(config: Config, classes: int) -> str:
         return "each rank draws dropout for its part of a batch"
     if config.learn.anything and config.hyper.curvature == "per_rank":
         return "hyper.curvature = per_rank"
+    if config.train.precision in ("bf16", "fp16"):
+        return f"sums in another order differ by the rounding of {config.train.precision}"
     return ""
