@@ -11,6 +11,7 @@ continuous derivatives: hence the split, and CELU (Barron 2017), which is C¹ wh
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 from typing import Any
 
@@ -46,7 +47,8 @@ class Classifier(nn.Module):
     def forward(self, images_BCHW: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Features and logits of a batch of normalised pictures."""
         images_BCHW = images_BCHW.contiguous(memory_format=self.memory_format)
-        with torch.autocast(images_BCHW.device.type, self.autocast, enabled=self.autocast is not None):
+        narrow = self.autocast is not None  # the meta device, on which plans are made, knows no autocast
+        with torch.autocast(images_BCHW.device.type, self.autocast) if narrow else contextlib.nullcontext():
             features_BD = self.encoder(images_BCHW)
         features_BD = features_BD.to(self.head.weight.dtype)
         return features_BD, self.head(features_BD)
