@@ -619,12 +619,16 @@ def check_engine(config: Config) -> None:
         )
     if config.train.precision == "fp16":
         raise AutodoError("train.precision = fp16: not served with DeepSpeed; set bf16, or engine.name=ddp")
-    for name, served in (("name", "sgd"), ("implementation", "torch")):
-        if (value := getattr(config.optim, name)) != served:
-            raise AutodoError(
-                f"optim.{name} = {value}: with engine.name = deepspeed only {served} is served so far; set it, or "
-                "engine.name=ddp"
-            )
+    if config.optim.implementation == "apex":
+        raise AutodoError(
+            "optim.implementation = apex: never tried with engine.name = deepspeed; set optim.implementation=torch or "
+            "torch_fused, or engine.name=ddp"
+        )
+    if engine.stage > 0 and config.optim.name in LAYERWISE:
+        raise AutodoError(
+            f"optim.name = {config.optim.name}: a step needs the norm of each whole parameter, and engine.stage = "
+            f"{engine.stage} keeps flat parts of them; set engine.stage=0, or engine.name=ddp"
+        )
     if engine.stage == 3 and config.train.average is not None:
         raise AutodoError(
             "train.average: needs whole weights, which engine.stage = 3 cuts over the ranks; set engine.stage=2, or "

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from autodo_dist.config import Config
+from autodo_dist.config import READ_BY, Config
 from autodo_dist.parallel import deepspeed_settings
 from autodo_dist.parallel.deepspeed_settings import Ours
 
@@ -21,25 +21,35 @@ def of_deepspeed(config: Config, ranks: int) -> dict[str, Any]:
     return deepspeed_settings.merged(decided(config, ranks), config.engine.deepspeed_config)
 
 
-def nesterov(config: Config) -> bool:
-    """Whether the momentum is Nesterov's; without momentum it is neither."""
-    return config.optim.nesterov and config.optim.momentum > 0
+def of_optimizer(config: Config) -> dict[str, Any]:
+    """DeepSpeed's optimizer.params for the optimizer: the settings that it reads, momentum's form as it is used.
+
+    Weight decay is that of the first parameter group, where optim.decay_norms is false.
+    """
+    read = {name: getattr(config.optim, name) for name, readers in READ_BY.items() if config.optim.name in readers}
+    if "nesterov" in read:
+        read["nesterov"] = config.optim.nesterov and config.optim.momentum > 0  # without momentum it is neither
+    if "betas" in read:
+        read["betas"] = list(config.optim.betas)  # as JSON has it
+    return read | {"weight_decay": config.optim.weight_decay}
 
 
 def decided(config: Config, ranks: int) -> dict[str, Ours]:
     """What settings say of DeepSpeed's, by its dotted key."""
     optim, train = config.optim, config.train
     part = -(-train.batch_size // ranks)  # parts differ by one picture; DeepSpeed reads it for reports of its own only
+    scaled = "optim.lr" if optim.lr_batch_size is None else "optim.lr x train.batch_size / optim.lr_batch_size"
     return {
         "train_batch_size": Ours("train.batch_size", train.batch_size, passed=False),
         "train_micro_batch_size_per_gpu": Ours(f"train.batch_size over {ranks} ranks", part),
         "gradient_accumulation_steps": Ours("train.batch_size in one piece", 1),
         "gradient_clipping": Ours("optim.clip_norm", optim.clip_norm or 0.0),
-        "optimizer.type": Ours("this program", "SGD", passed=False),
-        "optimizer.params.lr": Ours("optim.lr", optim.lr, passed=False),
-        "optimizer.params.momentum": Ours("optim.momentum", optim.momentum, passed=False),
-        "optimizer.params.nesterov": Ours("optim.nesterov", nesterov(config), passed=False),
-        "optimizer.params.weight_decay": Ours("optim.weight_decay", optim.weight_decay, passed=False),
+        "optimizer.type": Ours("optim.name", optim.name, passed=False),
+        "optimizer.params.lr": Ours(scaled, config.lr, passed=False),
+        **{
+            f"optimizer.params.{name}": Ours(f"optim.{name}", value, passed=False)
+            for name, value in of_optimizer(config).items()
+        },
         "zero_optimization.stage": Ours("engine.stage", config.engine.stage),
         "fp16.enabled": Ours("train.precision", False),
         "bf16.enabled": Ours("train.precision", False),

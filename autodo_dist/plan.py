@@ -62,7 +62,8 @@ class Workload:
     """What is to be done, whatever the machine. The fields named as settings of `config.py` are those.
 
     picture_bytes: one picture as the model takes it. bytes_per_number: of weights, 4 or 8. optimizer_numbers: kept
-    by it for each of them. row_width: P, 0 where no sample has a row. shared_width: values of the row that all samples
+    by it for each of them. stage: of ZeRO, None with DDP; reduce_bucket, most_live: DeepSpeed's elements of a bucket of
+    gradients, and of parameters that stage 3 keeps gathered. row_width: P, 0 where no sample has a row. shared_width: values of the row that all samples
     share. bytes_per_value: of the table, 2, 4 or 8. space, products: see solvers.Space; products with the curvature in
     a hyper step.
     """
@@ -77,6 +78,9 @@ class Workload:
     steps_per_pass: int | None = None
     bytes_per_number: int = 4
     optimizer_numbers: int = 1
+    stage: int | None = None
+    reduce_bucket: int = 500_000_000
+    most_live: int = 1_000_000_000
     learns: bool = False
     row_width: int = 0
     shared_width: int = 0
@@ -248,18 +252,12 @@ def plan(work: Workload, cluster: Cluster) -> Plan:
 
 
 def memory(work: Workload, ranks: int) -> tuple[Memory, ...]:
-    """Every part of the fullest rank's memory.
-
-    DDP keeps gradients twice: in .grad and in its buckets. A batch's rows are held about eight times over: as sent, as
-    received and in order, as gradients, and in what RMSprop computes of them.
+    """Every part of the fullest rank's memory. A batch's rows are held about eight times over: as sent, as received and
+    in order, as gradients, and in what RMSprop computes of them.
     """
     local, foot = -(-work.batch_size // ranks), work.footprint
-    weights = foot.parameters * work.bytes_per_number
     parts = [
-        Memory("weights and buffers", weights + sum(foot.buffers)),
-        Memory("gradients", weights),
-        Memory("gradient buckets of DDP", weights),
-        Memory("optimizer state", weights * work.optimizer_numbers),
+        *model_memory(work, ranks),
         Memory(f"pictures of {BATCHES_HELD} batches", BATCHES_HELD * local * work.picture_bytes),
         Memory("activations of the task step", foot.alive["task"].at(local), "task"),
     ]
@@ -280,6 +278,27 @@ def memory(work: Workload, ranks: int) -> tuple[Memory, ...]:
         Memory("last layer and solver", solver_bytes(work, ranks), step),
         Memory("forward of the validation batch", foot.alive["validation"].at(validation), "validation"),
     )
+
+
+def model_memory(work: Workload, ranks: int) -> list[Memory]:
+    """Weights, gradients and optimizer state, by engine and ZeRO stage.
+
+    DDP keeps gradients twice: in .grad and in its buckets. Stages 1 to 3 keep a flat copy of a rank's part, which the
+    optimizer changes, in float32 as well; stage 3 its bucket and part of the gradients from one step to the next, and
+    parameters once gathered up to the backward, as far as most_live goes.
+    """
+    count, size, stage = work.footprint.parameters, work.bytes_per_number, work.stage or 0
+    whole, part = count * size, -(-count // ranks) * size
+    bucket = min(work.reduce_bucket, count) * size
+    buckets = ("gradient buckets of DDP", whole) if work.stage is None else ("gradient bucket of DeepSpeed", bucket)
+    return [
+        Memory("weights and buffers", (part if stage == 3 else whole) + sum(work.footprint.buffers)),
+        Memory("flat copy of a part of the weights", part if stage else 0),
+        Memory("gathered weights", min(work.most_live, count) * size if stage == 3 else 0),
+        Memory("gradients", part if stage >= 2 else whole),
+        Memory(*buckets),
+        Memory("optimizer state", (part if stage else whole) * work.optimizer_numbers),
+    ]
 
 
 def solver_bytes(work: Workload, ranks: int) -> float:

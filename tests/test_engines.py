@@ -410,6 +410,20 @@ def test_a_file_that_agrees_is_laid_over_ours(tmp_path: Path) -> None:
     assert not {"optimizer", "train_batch_size"} & got.keys()
 
 
+def test_a_files_optimizer_is_compared_with_the_one_chosen(tmp_path: Path) -> None:
+    """The learning rate as it is scaled to the batch of 256; momentum is not AdamW's."""
+    chosen = {"optim__name": "adamw", "optim__lr_batch_size": 64, "optim__betas": [0.8, 0.99]}
+    params = {"lr": 4e-3, "betas": [0.8, 0.99], "eps": 1e-8, "weight_decay": 0.01}
+    assert "optimizer" not in settings_of(tmp_path, {"optimizer": {"type": "AdamW", "params": params}}, **chosen)
+    for params, words in (
+        ({"lr": 1e-3}, r"lr = 0\.001 there, but 0\.004 by optim\.lr x train\.batch_size / optim\.lr_batch_size"),
+        ({"betas": [0.9, 0.999]}, r"betas = \[0\.9, 0\.999\] there, but \[0\.8, 0\.99\] by optim\.betas"),
+        ({"momentum": 0.9}, r"momentum is not passed on"),
+    ):
+        with pytest.raises(AutodoError, match=words):
+            settings_of(tmp_path, {"optimizer": {"params": params}}, **chosen)
+
+
 @pytest.mark.parametrize(
     ("file", "words"),
     [
@@ -420,7 +434,7 @@ def test_a_file_that_agrees_is_laid_over_ours(tmp_path: Path) -> None:
         ({"zero_optimization": {"stage": 3}}, "zero_optimization.stage = 3 there, but 2 by engine.stage"),
         ({"fp16": {"enabled": True}}, "fp16.enabled = true there, but false by train.precision"),
         ({"bf16": {"enabled": 1}}, "bf16.enabled = 1 there, but false by train.precision"),
-        ({"optimizer": {"type": "AdamW"}}, 'optimizer.type = "AdamW" there, but "SGD" by this program'),
+        ({"optimizer": {"type": "AdamW"}}, 'optimizer.type = "AdamW" there, but "sgd" by optim.name'),
         ({"optimizer": {"params": {"lr": 0.2}}}, "optimizer.params.lr = 0.2 there, but 0.1 by optim.lr"),
         ({"optimizer": {"params": {"betas": [0.9, 0.99]}}}, "optimizer.params.betas is not passed on"),
         ({"scheduler": {"type": "WarmupLR"}}, "scheduler.type is not passed on"),

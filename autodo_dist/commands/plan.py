@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from autodo_dist import engine_settings
 from autodo_dist import plan as planning
 from autodo_dist.config import Config, load_config
 from autodo_dist.errors import AutodoError
@@ -149,6 +150,7 @@ def workload(config: Config, sizes: Sizes, cluster: Cluster) -> Workload:
         steps_per_pass=config.train.steps_per_pass,
         bytes_per_number=dtype.itemsize,
         optimizer_numbers=numbers_per_parameter(config.optim),
+        **of_engine(config, cluster.ranks),
         learns=learn.anything,
         row_width=build.build_layout(config, sizes.classes).width,
         shared_width=2 * len(operations) if learn.augment == "shared" else 0,
@@ -164,6 +166,15 @@ def workload(config: Config, sizes: Sizes, cluster: Cluster) -> Workload:
         products=solve.cg_iterations if solve.solver == "cg" else solve.terms + solve.power_iterations,
         per_rank=hyper.curvature == "per_rank",
     )
+
+
+def of_engine(config: Config, ranks: int) -> dict[str, int]:
+    """Stage and sizes of DeepSpeed's, where it is the engine. AutodoError if its file contradicts settings."""
+    if config.engine.name == "ddp":
+        return {}
+    zero = engine_settings.of_deepspeed(config, ranks)["zero_optimization"]
+    keys = {"reduce_bucket": "reduce_bucket_size", "most_live": "stage3_max_live_parameters"}
+    return {"stage": zero["stage"]} | {name: int(zero[key]) for name, key in keys.items() if key in zero}
 
 
 def show(found: Plan, work: Workload, cluster: Cluster, console: Console) -> None:

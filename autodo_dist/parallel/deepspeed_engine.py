@@ -58,6 +58,7 @@ class DeepSpeedEngine(Engine):
                 f"engine.name = deepspeed: it does not start ({reason}); mend engine.deepspeed_config, or set "
                 "engine.name=ddp"
             ) from error
+        self._make_optimizer_state()
 
     def _wrapped(self, module: nn.Module) -> nn.Module:
         return _FeaturesAside(module)
@@ -115,12 +116,22 @@ class CutStateEngine(DeepSpeedEngine):
     def __init__(
         self, module: nn.Module, optimizer: torch.optim.Optimizer, ranks: Ranks, settings: dict[str, Any]
     ) -> None:
-        self._slots = slots(optimizer)
+        self._slots, self._counts = slots(optimizer), isinstance(optimizer, torch.optim.AdamW)
         super().__init__(module, optimizer, ranks, settings)
-        for flat in self._flat_parts():  # else they are made in the first step, and could not be restored before it
-            for slot in self._slots:
-                self._engine.optimizer.optimizer.state[flat][slot] = torch.zeros_like(flat)
+
+    def _make_optimizer_state(self) -> None:
+        """See Engine. Else it is made in the first step, and could not be restored before it."""
+        for flat in self._flat_parts():
+            state = {slot: torch.zeros_like(flat) for slot in self._slots}
+            if self._counts:
+                state["step"] = torch.zeros((), device=flat.device if self.optimizer.defaults["fused"] else "cpu")
+            self._engine.optimizer.optimizer.state[flat] = state
         self._link()
+
+    def _steps(self) -> list[torch.Tensor]:
+        """Of every flat part the count of steps, which is the same for all: none is left out of a step."""
+        state = self._engine.optimizer.optimizer.state
+        return [state[flat]["step"] for flat in self._flat_parts()] if self._counts else []
 
     def _flat_parts(self) -> list[torch.Tensor]:
         return self._engine.optimizer.single_partition_of_fp32_groups  # type: ignore[no-any-return]
@@ -136,6 +147,8 @@ class CutStateEngine(DeepSpeedEngine):
         for name, parameter in self.module.named_parameters():
             model[name] = safe_get_full_fp32_param(parameter)
             optimizer[name] = {slot: safe_get_full_optimizer_state(parameter, slot) for slot in self._slots}
+            if self._counts:
+                optimizer[name]["step"] = self._steps()[0].clone()
         return {"model": model, "optimizer": {"state": optimizer}}
 
     @torch.no_grad()
@@ -143,9 +156,12 @@ class CutStateEngine(DeepSpeedEngine):
         """See Engine."""
         parameters = dict(self.module.named_parameters())
         for name, parameter in parameters.items():
-            values = {None: state["model"][name]} | state["optimizer"]["state"].get(name, {})
-            for slot, value in values.items():
-                self._put(parameter, value, slot)
+            saved = state["optimizer"]["state"].get(name, {})
+            self._put(parameter, state["model"][name], None)
+            for slot in self._slots:
+                self._put(parameter, saved[slot], slot)
+            for step in self._steps():
+                step.copy_(saved["step"])
         self._spread(parameters, state["model"])
         for name, buffer in self.module.state_dict().items():
             if name not in parameters:
@@ -240,6 +256,8 @@ class CutWeightsEngine(CutStateEngine):
 
 def slots(optimizer: torch.optim.Optimizer) -> tuple[str, ...]:
     """The names under which an optimizer keeps a tensor of a parameter's shape for each."""
+    if isinstance(optimizer, torch.optim.AdamW):
+        return ("exp_avg", "exp_avg_sq")
     assert isinstance(optimizer, torch.optim.SGD)
     return ("momentum_buffer",) if optimizer.defaults["momentum"] else ()
 

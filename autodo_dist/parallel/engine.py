@@ -89,6 +89,21 @@ class Engine(ABC):
             optim_state_dict=state["optimizer"] | {"param_groups": settings},
         )
 
+    def _make_optimizer_state(self) -> None:
+        """Have all of it there, as zeros, before the first step.
+
+        DCP would make a step with gradients of zero for that, whose traces stay (weight decay in the momentum, a step
+        counted): a save before the first step would change the run.
+        """
+        groups = [dict(group) for group in self.optimizer.param_groups]
+        dcp_state.get_optimizer_state_dict(self.module, self.optimizer)
+        for state in self.optimizer.state.values():
+            for value in state.values():
+                value.zero_()
+        for group, before in zip(self.optimizer.param_groups, groups, strict=True):
+            group.clear()
+            group.update(before)
+
     def close(self) -> None:  # noqa: B027 - nothing holds them here
         """Let go of model and optimizer. The engine is of no use any more."""
 
@@ -133,21 +148,6 @@ class DdpEngine(Engine):
         self.optimizer.zero_grad()
         self._make_optimizer_state()
         self.module.train(training)
-
-    def _make_optimizer_state(self) -> None:
-        """Have all of it there, as zeros, before the first step.
-
-        DCP would make a step with gradients of zero for that, whose traces stay (weight decay in the momentum, a step
-        counted): a save before the first step would change the run.
-        """
-        groups = [dict(group) for group in self.optimizer.param_groups]
-        dcp_state.get_optimizer_state_dict(self.module, self.optimizer)
-        for state in self.optimizer.state.values():
-            for value in state.values():
-                value.zero_()
-        for group, before in zip(self.optimizer.param_groups, groups, strict=True):
-            group.clear()
-            group.update(before)
 
     def forward(self, images_BCHW: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Features and logits of a batch, on the way to `step`."""
