@@ -63,9 +63,9 @@ class Workload:
 
     picture_bytes: one picture as the model takes it. bytes_per_number: of weights, 4 or 8. optimizer_numbers: kept
     by it for each of them. stage: of ZeRO, None with DDP; reduce_bucket, most_live: DeepSpeed's elements of a bucket of
-    gradients, and of parameters that stage 3 keeps gathered. row_width: P, 0 where no sample has a row. shared_width: values of the row that all samples
-    share. bytes_per_value: of the table, 2, 4 or 8. space, products: see solvers.Space; products with the curvature in
-    a hyper step.
+    gradients, and of parameters that stage 3 keeps gathered. row_width: P, 0 where no sample has a row. shared_width:
+    values of the row that all samples share. bytes_per_value: of the table, 2, 4 or 8. space, products: see
+    solvers.Space; products with the curvature in a hyper step.
     """
 
     train_samples: int

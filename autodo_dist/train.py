@@ -44,10 +44,10 @@ def train(config: Config) -> None:
     clock = Clock(psutil.Process().create_time())
     clock.lap("imports")
     place = comm.place()
-    device = choose_device(config.train.device, place.local_rank)
-    check_device(config, device)
     engine_settings.check(config, place.ranks)
     optimizer_class(config.optim)  # what is not installed is said before data is touched
+    device = choose_device(config.train.device, place.local_rank)
+    check_device(config, device)
     manifest = read_data(config)
     run_folder.check_same_run(config, manifest.checksum)
     if run_folder.finished(config.folder):
