@@ -134,19 +134,19 @@ def test_numbers_are_ddps_and_state_moves(
         assert set(far.values()) == {0.0}, (stage, far)
 
 
-def held(before: set[int]) -> int:
+def held(before: dict[int, torch.UntypedStorage]) -> int:
     """Bytes of tensors that are not of `before`, those of one storage once."""
-    return sum(size for place, size in storages().items() if place not in before)
+    return sum(storage.nbytes() for place, storage in storages().items() if place not in before)
 
 
-def storages() -> dict[int, int]:
-    """Bytes by place. DDP's buckets are not among them: Python does not see them."""
+def storages() -> dict[int, torch.UntypedStorage]:
+    """Storages by place; held, none is freed and its place used anew. Python does not see DDP's buckets."""
     found = {}
     for each in gc.get_objects():
         if type(each) in (torch.Tensor, torch.nn.Parameter):
             for tensor in (each, each.grad) if each.is_leaf else (each,):
                 if tensor is not None:
-                    found[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+                    found[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage()
     return found
 
 
@@ -154,7 +154,7 @@ def census(stage: int | None, file: Path) -> dict[str, int]:
     """Bytes that a rank holds in and after the second step of AdamW, on pictures of 4 x 3 x 16 x 16."""
     with comm.process_group(comm.place(), CPU) as ranks:
         gc.collect()
-        before, back, step = set(storages()), [], []
+        before, back, step = storages(), [], []
         engine = made({"name": "adamw"}, stage, ranks, file)
         train(engine, "adamw", range(1))
         engine.optimizer.register_step_pre_hook(lambda *_: step.append(held(before)))
