@@ -6,9 +6,12 @@ and gives their results in the order of ranks. Process groups are made anew in e
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
 import socket
+import stat
+import threading
 import traceback
 from collections.abc import Callable
 from multiprocessing.connection import Connection
@@ -86,5 +89,20 @@ def _serve(connection: Connection) -> None:
             connection.send((False, 0.0, function(*args)))
         except BaseException:
             connection.send((True, time.time(), traceback.format_exc()))
+            hang_up()  # as DCP may hold the process group, whose end the peers wait for
             if torch.distributed.is_initialized():
                 torch.distributed.destroy_process_group()
+
+
+def hang_up() -> None:
+    """What the end of this process would do: its connections end, and its save with them."""
+    for name in map(int, os.listdir("/proc/self/fd")):
+        with contextlib.suppress(OSError):  # the descriptor of the list itself; sockets that only listen
+            if stat.S_ISSOCK(os.fstat(name).st_mode):
+                with socket.socket(fileno=os.dup(name)) as link:
+                    if link.family in (socket.AF_INET, socket.AF_INET6) and link.getpeername():
+                        link.shutdown(socket.SHUT_RDWR)
+    for thread in threading.enumerate():
+        if thread.name.startswith("save"):
+            thread.join(60)
+            assert not thread.is_alive()

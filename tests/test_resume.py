@@ -2,14 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
 import random
 import shutil
-import socket
-import stat
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
@@ -19,7 +14,7 @@ from unittest.mock import patch
 
 import pytest
 import torch
-from ranks import RankPool
+from ranks import RankPool, hang_up
 from test_autodo import learning
 from test_nonfinite import poisoned
 from test_train import assert_equal_states, cut_back, lines, run_train, weights
@@ -299,20 +294,6 @@ def train_until(tree: dict[str, Any], rank: int, step: int) -> Seen:
             hang_up()
             torch.distributed.destroy_process_group()
     return seen
-
-
-def hang_up() -> None:
-    """What the end of this process would do: its connections end, and its save with them."""
-    for name in map(int, os.listdir("/proc/self/fd")):
-        with contextlib.suppress(OSError):  # the descriptor of the list itself; sockets that only listen
-            if stat.S_ISSOCK(os.fstat(name).st_mode):
-                with socket.socket(fileno=os.dup(name)) as link:
-                    if link.family in (socket.AF_INET, socket.AF_INET6) and link.getpeername():
-                        link.shutdown(socket.SHUT_RDWR)
-    for thread in threading.enumerate():
-        if thread.name.startswith("save"):
-            thread.join(60)
-            assert not thread.is_alive()
 
 
 def global_batches(parts: list[Seen]) -> dict[int, list[int]]:
