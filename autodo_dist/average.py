@@ -6,10 +6,10 @@ w̄ ← d·w̄ + (1 − d)·w after every task step; w̄ = w after the first one
 from __future__ import annotations
 
 import torch
-import torch.distributed as dist
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from autodo_dist.models import Classifier
+from autodo_dist.parallel.engine import share_buffers
 
 
 class Average:
@@ -32,8 +32,7 @@ class Average:
 
     def share_buffers(self) -> None:
         """Give every rank rank 0's statistics, seen of its own part of the batches. Every rank must call this."""
-        for buffer in self.module.buffers():
-            dist.broadcast(buffer, src=0)
+        share_buffers(self.module)
 
     def state(self) -> dict[str, torch.Tensor]:
         """The averaged tensors and the number of updates; a load in place is a restore."""

@@ -242,7 +242,7 @@ def save(run: Run) -> None:
     run.watch.look()
     progress = run.progress
     with run.clock.phase("save"):
-        run.saver.wait()
+        run.saver.wait()  # that may take long; the folder is looked at after it, right before the next save begins
         run.lock.check()
         run.parts.share_buffers()
         progress.sums = run.ranks.gather(run.sums.tolist())

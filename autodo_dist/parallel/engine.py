@@ -68,8 +68,7 @@ class Engine(ABC):
 
     def share_buffers(self) -> None:
         """Give every rank rank 0's buffers (BatchNorm's running statistics), as DDP itself does before a forward."""
-        for buffer in self.module.buffers():
-            dist.broadcast(buffer, src=0)
+        share_buffers(self.module)
 
     def state(self) -> dict[str, Any]:
         """Tensors of model and optimizer by parameter name, of the same names and shapes whatever the engine.
@@ -106,6 +105,12 @@ class Engine(ABC):
 
     def close(self) -> None:  # noqa: B027 - nothing holds them here
         """Let go of model and optimizer. The engine is of no use any more."""
+
+
+def share_buffers(module: nn.Module) -> None:
+    """Give every rank rank 0's buffers of a module. Every rank must call this."""
+    for buffer in module.buffers():
+        dist.broadcast(buffer, src=0)
 
 
 def held(module: nn.Module) -> list[torch.Tensor]:
@@ -156,12 +161,11 @@ class DdpEngine(Engine):
 
     def step(self, loss: torch.Tensor, lr: float, leaves: Sequence[torch.Tensor] = ()) -> None:
         """One optimizer step; see Engine. Other leaves of the graph than `leaves` cost nothing."""
-        scale = self.scaler.get_scale()  # 1 where there is none
         self.scaler.scale(loss).backward(inputs=[*self.module.parameters(), *leaves])
         self.scaler.unscale_(self.optimizer)
         for leaf in leaves:
             if leaf.grad is not None:
-                leaf.grad /= scale
+                leaf.grad /= self.scaler.get_scale()  # reads from the device, so only where there is a leaf
         if self.clip_norm is not None:
             clip_grad_norm_(self.module.parameters(), self.clip_norm)
         for group in self.optimizer.param_groups:
