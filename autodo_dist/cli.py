@@ -16,9 +16,9 @@ from autodo_dist.commands.plan import plan
 from autodo_dist.commands.prove import prove_resume
 from autodo_dist.commands.rows import rows
 from autodo_dist.commands.split import split
-from autodo_dist.config import load_config
 from autodo_dist.config import settings as all_settings
 from autodo_dist.errors import AutodoError
+from autodo_dist.load_config import load_config
 from autodo_dist.thread_name import show
 
 app = typer.Typer(

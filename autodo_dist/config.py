@@ -1,26 +1,22 @@
 """Settings of a run: typed, documented, checked before anything starts.
 
-A yaml file holds what differs from the defaults below; `key=value` words of a command line come on top of it.
+A yaml file holds what differs from the defaults below (load_config.py); what contradicts is refused (config_checks.py).
 `build.py`, `train.py`, `run_folder.py`, the commands and `launcher/` see `Config`; every other module takes the values
 that it uses.
 """
 
 from __future__ import annotations
 
-import difflib
 import json
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 from pydantic.fields import FieldInfo
 
-from autodo_dist.errors import AutodoError
+from autodo_dist.errors import one_line
 from autodo_dist.operations import Operation
 from autodo_dist.urls import is_remote
 
@@ -216,7 +212,7 @@ class Data(Section):
         try:
             return json.loads(Path(value).read_text(encoding="utf-8"))
         except (OSError, ValueError, RecursionError) as error:
-            raise ValueError(f"no JSON file that can be read ({_one_line(error)})") from error
+            raise ValueError(f"no JSON file that can be read ({one_line(error)})") from error
 
 
 class Model(Section):
@@ -509,165 +505,6 @@ class Config(Section):
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
 
 
-def load_config(file: Path, overrides: Sequence[str] = ()) -> Config:
-    """Read a yaml file, lay `key=value` words over it, and check every setting.
-
-    Raises AutodoError with one line for a missing file, broken yaml, an unknown key (with the nearest name), a wrong
-    type or a value out of range.
-    """
-    if not file.is_file():
-        raise AutodoError(f"config {file}: no such file; see configs/ for examples")
-    for word in overrides:
-        if word.endswith("=???"):
-            raise AutodoError(f"override {word!r}: ??? is no value")
-        if "=" not in word or word.startswith("-"):
-            raise AutodoError(f"override {word!r}: not of the form key=value, e.g. train.epochs=3")
-    try:
-        both = OmegaConf.merge(OmegaConf.load(file), OmegaConf.from_dotlist(list(overrides)))
-        tree = OmegaConf.to_container(both, resolve=True, throw_on_missing=True)
-    except (OmegaConfBaseException, yaml.YAMLError, ValueError, TypeError) as error:
-        raise AutodoError(f"config {file}: {_one_line(error)}; mend the yaml or the override") from error
-    config = check_config(tree, str(file))
-    if not config.run.name:
-        config = config.model_copy(update={"run": config.run.model_copy(update={"name": file.stem})})
-    return config
-
-
-def check_config(tree: Any, source: str) -> Config:
-    """Turn a plain tree of settings into a Config; `source` names it in the error."""
-    if not isinstance(tree, dict):
-        raise AutodoError(f"config {source}: holds no settings; write sections such as `data:` and `train:`")
-    try:
-        config = Config.model_validate(tree)
-    except ValidationError as error:
-        first, rest = error.errors()[0], error.error_count() - 1
-        more = f" (and {rest} more)" if rest else ""
-        raise AutodoError(f"config {source}: {_explain(first)}{more}") from error
-    check_consistent(config)
-    return config
-
-
-def check_consistent(config: Config) -> None:
-    """AutodoError for settings that contradict each other, whatever the data."""
-    learn, hyper, epochs, warmup = config.learn, config.hyper, config.train.epochs, config.optim.warmup_epochs
-    data = config.data
-    for name, needs in (
-        ("erase_area", data.erase != "none"),
-        ("erase_probability", data.erase != "none"),
-        ("policy_operations", data.policy in ("randaugment", "random_subset")),
-        ("policy_strength", data.policy in ("randaugment", "random_subset")),
-        ("most_dropped", data.on_error == "skip"),
-    ):
-        if not needs and getattr(data, name) != Data.model_fields[name].default:
-            raise AutodoError(
-                f"data.{name} = {getattr(data, name)}: changes nothing here (see `autodo settings`); leave it out"
-            )
-    check_engine(config)
-    if data.decoder == "pil" and data.device == "gpu":
-        raise AutodoError("data.device = gpu: PIL decodes on the CPU; set data.decoder to auto, or data.device=auto")
-    if config.data.stage_to and config.data.cache:
-        raise AutodoError("data.stage_to and data.cache: set one; both keep shards, one first, the other meanwhile")
-    if warmup >= epochs:
-        raise AutodoError(f"optim.warmup_epochs = {warmup:g}: not below train.epochs = {epochs}; lower it")
-    if learn.color and learn.augment == "none":
-        raise AutodoError(
-            "learn.color = true: a part of learnt augmentation; set learn.augment to shared or per_sample"
-        )
-    if learn.color and config.compat is not None:
-        raise AutodoError("learn.color = true: not in the original code; set compat to null, or learn.color=false")
-    if config.train.label_smoothing and learn.soft_label:
-        raise AutodoError("train.label_smoothing: soft labels are learnt; set learn.smoothing, their start, instead")
-    if learn.augment != "none" and config.train.precision == "fp16":
-        raise AutodoError(
-            "train.precision = fp16: learnt augmentation takes gradients through the encoder that are too small for "
-            "float16; set train.precision=bf16, or learn.augment=none"
-        )
-    if learn.normalize_weights and not learn.weight:
-        raise AutodoError("learn.normalize_weights = true: there are no weights; set learn.weight=true too")
-    if (config.data.policy == "custom") != bool(config.data.sub_policies):
-        raise AutodoError(
-            f"data.policy = {config.data.policy}: custom and data.sub_policies belong together; set both or neither"
-        )
-    check_optimizer(config)
-    if not learn.anything:
-        return
-    if hyper.start_epoch >= epochs:
-        raise AutodoError(
-            f"hyper.start_epoch = {hyper.start_epoch}: not below train.epochs = {epochs}, so that nothing would "
-            "be learnt; lower it, or switch off learn.augment, learn.weight and learn.soft_label"
-        )
-    if config.solver == "cg" and hyper.damping < config.optim.weight_decay:
-        raise AutodoError(
-            f"hyper.damping = {hyper.damping:g}: below optim.weight_decay = {config.optim.weight_decay:g}, which is "
-            "part of the Hessian that cg inverts; raise it"
-        )
-
-
-def check_engine(config: Config) -> None:
-    """AutodoError for settings that the engine cannot serve, each with the reason."""
-    engine, default = config.engine, Engine.model_fields
-    if engine.name == "ddp":
-        for name in ("stage", "deepspeed_config"):
-            value = getattr(engine, name)
-            if value != default[name].default:
-                raise AutodoError(f"engine.{name} = {value}: changes nothing with DDP; set engine.name=deepspeed too")
-        return
-    if config.train.precision == "fp64":
-        raise AutodoError(
-            "train.precision = fp64: DeepSpeed averages and keeps float32 numbers; set engine.name=ddp, or "
-            "train.precision=fp32"
-        )
-    if config.train.precision == "fp16":
-        raise AutodoError("train.precision = fp16: not served with DeepSpeed; set bf16, or engine.name=ddp")
-    if config.optim.implementation == "apex":
-        raise AutodoError(
-            "optim.implementation = apex: never tried with engine.name = deepspeed; set optim.implementation=torch or "
-            "torch_fused, or engine.name=ddp"
-        )
-    if engine.stage > 0 and config.optim.name in LAYERWISE:
-        raise AutodoError(
-            f"optim.name = {config.optim.name}: a step needs the norm of each whole parameter, and engine.stage = "
-            f"{engine.stage} keeps flat parts of them; set engine.stage=0, or engine.name=ddp"
-        )
-    if engine.stage == 3 and config.train.average is not None:
-        raise AutodoError(
-            "train.average: needs whole weights, which engine.stage = 3 cuts over the ranks; set engine.stage=2, or "
-            "train.average=null"
-        )
-    augment = config.learn.augment
-    if engine.stage == 3 and config.hyper.way == "shared" and augment != "none" and config.solver != "fisher":
-        raise AutodoError(
-            f"engine.stage = 3: gathers weights for one backward a forward, and learn.augment = {augment} with "
-            f"hyper.way = shared and {config.solver} takes two; set engine.stage=2, or hyper.way=separate"
-        )
-
-
-def check_optimizer(config: Config) -> None:
-    """AutodoError for a setting that the optimizer does not read, or an implementation that it does not have."""
-    optim, asked = config.optim, f"optim.implementation = {config.optim.implementation}"
-    for name, readers in READ_BY.items():
-        value = getattr(optim, name)
-        if optim.name not in readers and value != Optim.model_fields[name].default:
-            raise AutodoError(
-                f"optim.{name} = {value}: {optim.name} does not read it, {' and '.join(readers)} would; leave it out"
-            )
-    if optim.implementation == "torch_fused" and optim.name in LAYERWISE:
-        raise AutodoError(f"{asked}: PyTorch has no fused {optim.name}; set optim.implementation=torch")
-    if optim.implementation != "apex":
-        return
-    if optim.name == "lars":
-        raise AutodoError(f"{asked}: apex has no LARS (LARC left it in 2025); set optim.implementation=torch")
-    if config.train.device == "cpu":
-        raise AutodoError(f"{asked}: its kernels run on GPUs, and train.device = cpu; set one of them otherwise")
-    if config.train.precision == "fp64":
-        raise AutodoError(f"{asked}: it has no float64, train.precision = fp64; set optim.implementation=torch")
-    if optim.name == "lamb" and optim.weight_decay == 0 and not optim.decay_norms:
-        raise AutodoError(
-            f"{asked}: FusedLAMB adapts the rate where there is weight decay, and optim.weight_decay = 0; set it, or "
-            "optim.decay_norms=true, or optim.implementation=torch"
-        )
-
-
 def _mapping(tree: dict[str, Any], name: str) -> bool:
     return isinstance(tree.get(name, {}), dict)
 
@@ -687,7 +524,7 @@ def settings(section: type[BaseModel] = Config, prefix: str = "") -> dict[str, F
 def differences(old: Config, new: Config, free: Sequence[str] = FREE_AT_RESUME) -> list[str]:
     """Settings that differ, as `name: old -> new`, but for those that are `free` or in a free section."""
     return [
-        f"{name}: {_short(str(_get(old, name)))} -> {_short(str(_get(new, name)))}"
+        f"{name}: {short(str(_get(old, name)))} -> {short(str(_get(new, name)))}"
         for name in settings()
         if _get(old, name) != _get(new, name) and not any(name == it or name.startswith(it + ".") for it in free)
     ]
@@ -700,29 +537,6 @@ def _get(config: Config, name: str) -> Any:
     return value
 
 
-def _explain(error: Any) -> str:
-    name = ".".join(str(part) for part in error["loc"])
-    known = settings()
-    if error["type"] == "extra_forbidden":
-        leaf = {key.rsplit(".", 1)[-1]: key for key in known}
-        near = difflib.get_close_matches(name, [*known, *Config.model_fields], n=1, cutoff=0.7)
-        near = near or [leaf[key] for key in difflib.get_close_matches(name.rsplit(".", 1)[-1], leaf, n=1)]
-        return f"unknown key {name}; " + (f"did you mean {near[0]}?" if near else "`autodo settings` lists all")
-    setting = next((key for key in known if f"{name}.".startswith(f"{key}.")), None)
-    if error["type"] == "missing" and setting in (None, name):
-        meaning = known[name].description if name in known else "a section"
-        return f"{name} is missing; set it in the file or as {name}=... ({meaning})"
-    meaning = f" ({known[setting].description})" if setting else ""
-    near = difflib.get_close_matches(
-        str(error["input"]), re.findall("'(.*?)'", error.get("ctx", {}).get("expected", "")), n=1
-    )
-    meant = f"; did you mean {near[0]}?" if near else ""
-    return f"{name} = {_short(repr(error['input']))}: {error['msg'][:1].lower()}{error['msg'][1:]}{meant}{meaning}"
-
-
-def _short(text: str) -> str:
+def short(text: str) -> str:
+    """The text, cut off where it is long."""
     return text if len(text) <= 160 else f"{text[:157]}..."
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())

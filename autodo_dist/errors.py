@@ -11,3 +11,8 @@ class AutodoError(Exception):
 
 class DecodeError(AutodoError):
     """A picture does not decode, or one of several; which one is not known then."""
+
+
+def one_line(error: Exception) -> str:
+    """What an error says, without line breaks."""
+    return " ".join(str(error).split())

@@ -30,11 +30,12 @@ from pathlib import Path
 import yaml
 
 from autodo_dist import __version__
-from autodo_dist.config import Config, check_config, differences
+from autodo_dist.config import Config, differences
 from autodo_dist.data import split_file
 from autodo_dist.data.manifest import Manifest
 from autodo_dist.errors import AutodoError
 from autodo_dist.files import read_json, whole, write_json, write_text
+from autodo_dist.load_config import check_config
 
 log = logging.getLogger(__name__)
 PACKAGES = ("torch", "torchvision", "nvidia-dali-cuda130", "deepspeed", "submitit", "webdataset", "numpy")

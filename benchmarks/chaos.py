@@ -27,9 +27,10 @@ import torch
 import typer
 
 from autodo_dist import run_folder
-from autodo_dist.config import Config, differences, load_config
+from autodo_dist.config import Config, differences
 from autodo_dist.errors import AutodoError
 from autodo_dist.files import read_json, write_json, write_text
+from autodo_dist.load_config import load_config
 from autodo_dist.proof.compare import compare
 from autodo_dist.proof.kill import Start, parted, submit
 from autodo_dist.proof.plan import Aim, Phase, Place, aim, named, places

@@ -39,9 +39,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 from autodo_dist import build
 from autodo_dist.build import Parts
-from autodo_dist.config import check_config
 from autodo_dist.data.loader import Batch
 from autodo_dist.data.split import Split
+from autodo_dist.load_config import check_config
 from autodo_dist.nonfinite import Watch
 from autodo_dist.parallel import comm
 from autodo_dist.parallel.comm import Place, Ranks

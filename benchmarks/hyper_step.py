@@ -40,10 +40,11 @@ from torch.utils.flop_counter import FlopCounterMode
 from autodo_dist import build, build_data
 from autodo_dist.build import Hyper, Parts
 from autodo_dist.build_engine import build_engine
-from autodo_dist.config import Config, check_config
+from autodo_dist.config import Config
 from autodo_dist.data.loader import Batch
 from autodo_dist.data.manifest import Manifest
 from autodo_dist.data.split import Split
+from autodo_dist.load_config import check_config
 from autodo_dist.method.hypergrad import Objective, Rows, augmented
 from autodo_dist.method.losses import sample_loss, weight
 from autodo_dist.method.warp import AFFINE

@@ -39,7 +39,6 @@ from PIL import Image
 from torchvision.transforms.v2 import functional as F
 
 from autodo_dist import build_data
-from autodo_dist.config import check_config
 from autodo_dist.data import pil
 from autodo_dist.data.decode import Pipeline
 from autodo_dist.data.folder import folder_sources
@@ -47,6 +46,7 @@ from autodo_dist.data.loader import Loader
 from autodo_dist.data.manifest import read_manifest, write_manifest
 from autodo_dist.data.pack import pack
 from autodo_dist.data.shards import Shards
+from autodo_dist.load_config import check_config
 from autodo_dist.method import warp
 from autodo_dist.parallel.comm import Ranks
 from benchmarks.hyper_step import CPU, Figure, figure, interleaved, resident, table

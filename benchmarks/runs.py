@@ -14,9 +14,9 @@ from concurrent.futures import Future, ProcessPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
 
-from autodo_dist.config import load_config
 from autodo_dist.errors import AutodoError
 from autodo_dist.files import read_json
+from autodo_dist.load_config import load_config
 from autodo_dist.train import train
 
 Key = TypeVar("Key")

@@ -44,9 +44,10 @@ import typer
 from autodo_dist import plan as planning
 from autodo_dist.build import Parts
 from autodo_dist.commands.plan import GIGA, TERA, Sizes, workload
-from autodo_dist.config import Config, check_config
+from autodo_dist.config import Config
 from autodo_dist.data.loader import Batch
 from autodo_dist.data.split import Split
+from autodo_dist.load_config import check_config
 from autodo_dist.parallel import comm
 from autodo_dist.parallel.comm import Ranks
 from autodo_dist.plan import GIB, Cluster, Collective, Kind, Workload

@@ -19,8 +19,8 @@ from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from unittest.mock import patch
 
-from autodo_dist.config import load_config
 from autodo_dist.errors import AutodoError
+from autodo_dist.load_config import load_config
 from autodo_dist.proof.kill import Launcher
 from launcher import job, local, submit
 

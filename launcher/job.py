@@ -18,9 +18,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, NoReturn
 
-from autodo_dist.config import check_config, load_config
 from autodo_dist.errors import AutodoError
 from autodo_dist.files import write_json
+from autodo_dist.load_config import check_config, load_config
 from autodo_dist.thread_name import show
 
 _LONGEST_MESSAGE = 500  # characters; torch's errors can fill pages, and the traceback keeps them whole

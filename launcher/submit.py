@@ -11,9 +11,10 @@ import typer
 import yaml
 
 from autodo_dist import engine_settings
-from autodo_dist.config import Config, load_config
+from autodo_dist.config import Config
 from autodo_dist.errors import AutodoError
 from autodo_dist.files import write_text
+from autodo_dist.load_config import load_config
 from autodo_dist.run_lock import refuse_if_held
 from launcher import local, slurm
 from launcher.job import Job

@@ -26,10 +26,10 @@ from test_train import (
 )
 
 from autodo_dist.build import Hyper, build
-from autodo_dist.config import check_config
 from autodo_dist.data.loader import Batch, Loader, endless
 from autodo_dist.data.manifest import read_manifest
 from autodo_dist.errors import AutodoError
+from autodo_dist.load_config import check_config
 from autodo_dist.method.hypergrad import Rows
 from autodo_dist.method.solvers import Solver
 from autodo_dist.parallel import comm

@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from autodo_dist.config import Config, check_config, differences, load_config, settings
+from autodo_dist.config import Config, differences, settings
 from autodo_dist.errors import AutodoError
+from autodo_dist.load_config import check_config, load_config
 
 CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("**/*.yaml"))
 

@@ -16,8 +16,9 @@ from test_plan import FOOT, WORK
 
 from autodo_dist.build_engine import build_engine
 from autodo_dist.commands.plan import of_engine
-from autodo_dist.config import Config, check_config
+from autodo_dist.config import Config
 from autodo_dist.errors import AutodoError
+from autodo_dist.load_config import check_config
 from autodo_dist.models import build_model
 from autodo_dist.parallel import checkpoint, comm
 from autodo_dist.parallel.engine import Engine

@@ -26,11 +26,12 @@ from test_train import assert_equal_states, cut_back, lines, run_train, weights
 from autodo_dist import build_data, engine_settings
 from autodo_dist.build import build
 from autodo_dist.commands.evaluate import evaluate_checkpoint
-from autodo_dist.config import Config, check_config, differences
+from autodo_dist.config import Config, differences
 from autodo_dist.data.loader import Batch, Loader, endless
 from autodo_dist.data.manifest import read_manifest
 from autodo_dist.errors import AutodoError
 from autodo_dist.evaluate import evaluate
+from autodo_dist.load_config import check_config
 from autodo_dist.nonfinite import recorded
 from autodo_dist.parallel import checkpoint, comm, deepspeed_settings
 from autodo_dist.progress import resume, tensors

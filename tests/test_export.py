@@ -29,11 +29,11 @@ from torch import nn
 
 from autodo_dist import export
 from autodo_dist.build import build_classifier
-from autodo_dist.config import check_config
 from autodo_dist.data.manifest import read_manifest
 from autodo_dist.data.split import Split
 from autodo_dist.errors import AutodoError
 from autodo_dist.hyperparameters import Layout
+from autodo_dist.load_config import check_config
 from autodo_dist.models import build_model
 from autodo_dist.parallel.checkpoint_rows import RowReader
 

@@ -28,12 +28,12 @@ from PIL import Image, features
 from typer.testing import CliRunner
 
 from autodo_dist.commands.pack import app
-from autodo_dist.config import load_config
 from autodo_dist.data import housenumbers as house
 from autodo_dist.data.housenumbers import FONTS, GLYPH, SIDE, Look
 from autodo_dist.data.manifest import PARTS, Manifest, check_files, read_manifest, verify_bytes
 from autodo_dist.data.sources import TEST, TRAIN
 from autodo_dist.errors import AutodoError
+from autodo_dist.load_config import load_config
 
 ROOT = Path(__file__).parent.parent
 TOP = (SIDE - GLYPH) // 2  # where an undistorted digit begins

@@ -23,11 +23,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from autodo_dist import steps
 from autodo_dist.build import build
-from autodo_dist.config import check_config
 from autodo_dist.data import order
 from autodo_dist.data.loader import Batch, Loader, endless
 from autodo_dist.data.manifest import read_manifest
 from autodo_dist.errors import AutodoError
+from autodo_dist.load_config import check_config
 from autodo_dist.nonfinite import NotFinite, Watch, recorded, without
 from autodo_dist.parallel import checkpoint, checkpoint_save, comm
 from autodo_dist.parallel.engine import held

@@ -19,8 +19,9 @@ from typer.testing import CliRunner
 
 from autodo_dist import nvidia_apex, optimizers
 from autodo_dist.build import build_engine
-from autodo_dist.config import READ_BY, Config, Optim, check_config, differences
+from autodo_dist.config import READ_BY, Config, Optim, differences
 from autodo_dist.errors import AutodoError
+from autodo_dist.load_config import check_config
 from autodo_dist.models import build_model
 from autodo_dist.optimizers import build_optimizer, numbers_per_parameter
 from autodo_dist.parallel import checkpoint, checkpoint_save, comm

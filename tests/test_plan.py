@@ -20,10 +20,11 @@ from autodo_dist import plan as planning
 from autodo_dist.build import build_pictures, build_solve
 from autodo_dist.cli import app
 from autodo_dist.commands.plan import Sizes, workload
-from autodo_dist.config import Config, check_config
+from autodo_dist.config import Config
 from autodo_dist.data.split import Split
 from autodo_dist.errors import AutodoError
 from autodo_dist.footprint import Alive, measure
+from autodo_dist.load_config import check_config
 from autodo_dist.method.rmsprop import Rmsprop
 from autodo_dist.models import Classifier, build_model
 from autodo_dist.parallel import comm

@@ -16,11 +16,11 @@ from nvidia.dali.auto_aug import auto_augment
 from torchvision.transforms import autoaugment
 
 from autodo_dist import build_data
-from autodo_dist.config import check_config
 from autodo_dist.data import order, policies
 from autodo_dist.data.loader import Batch
 from autodo_dist.data.manifest import read_manifest
 from autodo_dist.data.policies import OPERATIONS, Erase, Policy, make_choice, make_erase
+from autodo_dist.load_config import check_config
 from autodo_dist.parallel.comm import Ranks
 
 SIZE = 64

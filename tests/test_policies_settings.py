@@ -9,9 +9,9 @@ from typing import get_args
 import pytest
 
 from autodo_dist import config, run_folder
-from autodo_dist.config import check_config, load_config
 from autodo_dist.data.policies import OPERATIONS, make_choice
 from autodo_dist.errors import AutodoError
+from autodo_dist.load_config import check_config, load_config
 
 
 def test_the_config_knows_the_same_operations() -> None:

@@ -13,8 +13,8 @@ from test_train import assert_equal_states, cut_back, lines, run_train, settings
 from torch import nn
 
 from autodo_dist.build import build_classifier, check_device
-from autodo_dist.config import check_config
 from autodo_dist.errors import AutodoError
+from autodo_dist.load_config import check_config
 from autodo_dist.models import Classifier
 from autodo_dist.parallel import checkpoint, checkpoint_save, comm
 from autodo_dist.parallel.engine import DdpEngine

@@ -22,10 +22,10 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from autodo_dist import build
-from autodo_dist.config import check_config
 from autodo_dist.data.loader import Batch
 from autodo_dist.data.manifest import read_manifest
 from autodo_dist.hyperparameters import Hyperparameters
+from autodo_dist.load_config import check_config
 from autodo_dist.method.hypergrad import Rows
 from autodo_dist.models import Classifier
 from autodo_dist.parallel import checkpoint, checkpoint_save, comm

@@ -28,7 +28,7 @@ from typer.testing import CliRunner
 from autodo_dist.build_data import expand
 from autodo_dist.cli import app
 from autodo_dist.commands.evaluate import evaluate_checkpoint
-from autodo_dist.config import check_config, differences
+from autodo_dist.config import differences
 from autodo_dist.data import cache as caching
 from autodo_dist.data import staging
 from autodo_dist.data.cache import ShardCache
@@ -36,6 +36,7 @@ from autodo_dist.data.manifest import Manifest, Shard, read_manifest
 from autodo_dist.data.shards import Shards
 from autodo_dist.data.staging import Share, Turn
 from autodo_dist.errors import AutodoError
+from autodo_dist.load_config import check_config
 from autodo_dist.parallel import comm
 
 IDS = list(range(0, 1797, 13))  # of every shard of the digits

@@ -20,11 +20,11 @@ from autodo_dist.build_data import build_split
 from autodo_dist.commands.evaluate import evaluate_checkpoint
 from autodo_dist.commands.split import show
 from autodo_dist.commands.split import split as command
-from autodo_dist.config import check_config
 from autodo_dist.data.manifest import Manifest, read_manifest
 from autodo_dist.data.split import Split
 from autodo_dist.data.split_file import read_split
 from autodo_dist.errors import AutodoError
+from autodo_dist.load_config import check_config
 from autodo_dist.train import train
 
 

@@ -22,9 +22,10 @@ from torch.distributed.checkpoint.state_dict_loader import _load_state_dict_from
 
 from autodo_dist.build import build
 from autodo_dist.commands.evaluate import evaluate, evaluate_checkpoint
-from autodo_dist.config import Config, check_config
+from autodo_dist.config import Config
 from autodo_dist.data.manifest import read_manifest
 from autodo_dist.errors import AutodoError
+from autodo_dist.load_config import check_config
 from autodo_dist.parallel import checkpoint, checkpoint_save, comm
 from autodo_dist.parallel.checkpoint_save import BESIDE, size
 from autodo_dist.progress import tensors

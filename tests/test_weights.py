@@ -16,8 +16,8 @@ from test_train import run_train, settings
 from torchvision.models import get_model
 
 from autodo_dist.build import build_classifier
-from autodo_dist.config import check_config
 from autodo_dist.errors import AutodoError
+from autodo_dist.load_config import check_config
 from autodo_dist.models import Classifier, build_model
 from autodo_dist.weights import load_weights
 

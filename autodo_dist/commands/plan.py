@@ -16,9 +16,10 @@ from rich.text import Text
 
 from autodo_dist import engine_settings
 from autodo_dist import plan as planning
-from autodo_dist.config import Config, load_config
+from autodo_dist.config import Config
 from autodo_dist.errors import AutodoError
 from autodo_dist.files import write_json
+from autodo_dist.load_config import load_config
 from autodo_dist.plan import GIB, Cluster, Plan, StepPlan, Workload
 
 GIGA, TERA = 1e9, 1e12

@@ -17,9 +17,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from autodo_dist.config import Config, differences, load_config
+from autodo_dist.config import Config, differences
 from autodo_dist.errors import AutodoError
 from autodo_dist.files import read_json, write_json
+from autodo_dist.load_config import load_config
 from autodo_dist.run_folder import PACKAGES
 
 if TYPE_CHECKING:  # it imports torch, which the other commands can do without

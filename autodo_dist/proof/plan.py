@@ -10,8 +10,9 @@ from typing import Any, Literal
 
 import numpy as np
 
-from autodo_dist.config import Config, check_config
+from autodo_dist.config import Config
 from autodo_dist.errors import AutodoError
+from autodo_dist.load_config import check_config
 
 Phase = Literal["start", "task", "hyper", "evaluation", "save"]
 LOG_EVERY = 3  # steps between lines of metrics; saves fall between them, so that running sums are in a checkpoint
