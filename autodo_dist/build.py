@@ -66,7 +66,7 @@ class Hyper:
 class Parts:
     """What a run is made of: `engine` trains `model`; `hyper` is None where nothing is learnt.
 
-    `lr` is a function of the task steps done.
+    accumulate: the pieces of a rank's part of a batch. lr: a function of the task steps done.
     """
 
     manifest: Manifest
@@ -74,6 +74,7 @@ class Parts:
     engine: Engine
     loaders: Loaders
     dtype: torch.dtype
+    accumulate: int
     lr: Callable[[int], float]
     objective: Objective
     pictures: Pictures
@@ -118,6 +119,7 @@ def build(config: Config, manifest: Manifest, ranks: Ranks) -> Parts:
         engine=build_engine(config, model, ranks),  # a copy of the model is to be made before
         loaders=loaders,
         dtype=DTYPES[config.train.precision],
+        accumulate=config.train.accumulate,
         lr=functools.partial(schedule, peak=config.lr),
         objective=Objective(
             loss=config.learn.loss if config.learn.soft_label else "cross_entropy",

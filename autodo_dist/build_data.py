@@ -126,6 +126,7 @@ def build_loaders(config: Config, manifest: Manifest, split: Split, ranks: Ranks
         most_steps=config.train.steps_per_pass,
     )
     batch = config.train.batch_size
+    piece = -(-batch // config.train.accumulate)
     # A small validation part is one batch; without any, the run learns nothing and this loader is not used.
     validation_batch = max(1, min(batch, len(split.validation)))
     train = functools.partial(
@@ -142,8 +143,8 @@ def build_loaders(config: Config, manifest: Manifest, split: Split, ranks: Ranks
         task=train(pass_="task"),
         hyper=train(pass_="hyper"),
         hyper_validation=evaluate(ids=split.validation, pass_="validation", batch_size=validation_batch),
-        validation=evaluate(ids=split.validation, pass_="evaluation", batch_size=batch),
-        test=evaluate(ids=split.test, pass_="evaluation", batch_size=batch),
+        validation=evaluate(ids=split.validation, pass_="evaluation", batch_size=piece),
+        test=evaluate(ids=split.test, pass_="evaluation", batch_size=piece),
         dropped=dropped,
     )
 

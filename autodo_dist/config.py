@@ -36,6 +36,7 @@ FREE_AT_RESUME = (
     "data.decoder",
     "data.on_error",
     "data.most_dropped",
+    "train.accumulate",
     "train.log_every",
     "train.on_nonfinite",
     "train.most_rollbacks",
@@ -317,6 +318,12 @@ class Engine(Section):
 class Train(Section):
     epochs: int = Field(200, ge=1, description="passes over the train part")
     batch_size: int = Field(256, ge=1, description="pictures in a global batch, whatever the number of ranks")
+    accumulate: int = Field(
+        1,
+        ge=1,
+        description="pieces in which a rank takes its part of a batch through the model, one after another, for less "
+        "memory; the numbers are those of one piece, but that BatchNorm sees a piece at a time",
+    )
     steps_per_pass: int | None = Field(
         None,
         ge=1,

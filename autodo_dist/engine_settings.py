@@ -5,12 +5,21 @@ from __future__ import annotations
 from typing import Any
 
 from autodo_dist.config import READ_BY, Config
+from autodo_dist.errors import AutodoError
 from autodo_dist.parallel import deepspeed_settings
 from autodo_dist.parallel.deepspeed_settings import Ours
 
 
 def check(config: Config, ranks: int) -> None:
-    """AutodoError if the engine is not installed, or its file contradicts settings or number of ranks."""
+    """AutodoError if the batch does not divide, the engine is not installed, or its file contradicts settings."""
+    batch, accumulate = config.train.batch_size, config.train.accumulate
+    if accumulate > 1 and batch % (ranks * accumulate):
+        divides = max(k for k in range(1, accumulate) if batch % (ranks * k) == 0 or k == 1)
+        raise AutodoError(
+            f"train.accumulate = {accumulate}: train.batch_size = {batch} does not divide by {ranks} ranks x "
+            f"{accumulate} pieces; set train.accumulate={divides}, or "
+            f"train.batch_size={-(-batch // (ranks * accumulate)) * ranks * accumulate}"
+        )
     if config.engine.name == "deepspeed":
         deepspeed_settings.check_installed()
         of_deepspeed(config, ranks)
@@ -37,12 +46,13 @@ def of_optimizer(config: Config) -> dict[str, Any]:
 def decided(config: Config, ranks: int) -> dict[str, Ours]:
     """What settings say of DeepSpeed's, by its dotted key."""
     optim, train = config.optim, config.train
-    part = -(-train.batch_size // ranks)  # parts differ by one picture; DeepSpeed reads it for reports of its own only
+    # Parts differ by one picture where there is one piece of them; DeepSpeed reads it for reports of its own only.
+    piece = -(-train.batch_size // (ranks * train.accumulate))
     scaled = "optim.lr" if optim.lr_batch_size is None else "optim.lr x train.batch_size / optim.lr_batch_size"
     return {
         "train_batch_size": Ours("train.batch_size", train.batch_size, passed=False),
-        "train_micro_batch_size_per_gpu": Ours(f"train.batch_size over {ranks} ranks", part),
-        "gradient_accumulation_steps": Ours("train.batch_size in one piece", 1),
+        "train_micro_batch_size_per_gpu": Ours(f"train.batch_size over {ranks} ranks x train.accumulate", piece),
+        "gradient_accumulation_steps": Ours("train.accumulate", train.accumulate),
         "gradient_clipping": Ours("optim.clip_norm", optim.clip_norm or 0.0),
         "optimizer.type": Ours("optim.name", optim.name, passed=False),
         "optimizer.params.lr": Ours(scaled, config.lr, passed=False),

@@ -61,11 +61,11 @@ class Footprint:
 class Workload:
     """What is to be done, whatever the machine. The fields named as settings of `config.py` are those.
 
-    picture_bytes: one picture as the model takes it. bytes_per_number: of weights, 4 or 8. optimizer_numbers: kept
-    by it for each of them. stage: of ZeRO, None with DDP; reduce_bucket, most_live: DeepSpeed's elements of a bucket of
-    gradients, and of parameters that stage 3 keeps gathered. row_width: P, 0 where no sample has a row. shared_width:
-    values of the row that all samples share. bytes_per_value: of the table, 2, 4 or 8. space, products: see
-    solvers.Space; products with the curvature in a hyper step.
+    accumulate: pieces of a rank's part of a batch. picture_bytes: one picture as the model takes it. bytes_per_number:
+    of weights, 4 or 8. optimizer_numbers: kept by it for each of them. stage: of ZeRO, None with DDP; reduce_bucket,
+    most_live: DeepSpeed's elements of a bucket of gradients, and of parameters that stage 3 keeps gathered. row_width:
+    P, 0 where no sample has a row. shared_width: values of the row that all samples share. bytes_per_value: of the
+    table, 2, 4 or 8. space, products: see solvers.Space; products with the curvature in a hyper step.
     """
 
     train_samples: int
@@ -75,6 +75,7 @@ class Workload:
     footprint: Footprint
     batch_size: int
     epochs: int
+    accumulate: int = 1
     steps_per_pass: int | None = None
     bytes_per_number: int = 4
     optimizer_numbers: int = 1
@@ -84,6 +85,7 @@ class Workload:
     learns: bool = False
     row_width: int = 0
     shared_width: int = 0
+    augment: bool = False
     soft_label: bool = False
     normalize_weights: bool = False
     bytes_per_value: int = 4
@@ -256,15 +258,16 @@ def memory(work: Workload, ranks: int) -> tuple[Memory, ...]:
     in order, as gradients, and in what RMSprop computes of them.
     """
     local, foot = -(-work.batch_size // ranks), work.footprint
+    piece = -(-local // work.accumulate)
     parts = [
         *model_memory(work, ranks),
         Memory(f"pictures of {BATCHES_HELD} batches", BATCHES_HELD * local * work.picture_bytes),
-        Memory("activations of the task step", foot.alive["task"].at(local), "task"),
+        Memory("activations of the task step", foot.alive["task"].at(piece), "task"),
     ]
     if not work.learns:
         return tuple(parts)
     place: Place = "host" if work.table_on_host else "device"
-    validation = -(-work.validation_batch // ranks)
+    validation = -(-work.validation_batch // (ranks * work.accumulate))
     step: Step = "shared" if work.way == "shared" else "hyper"
     rows = -(-work.train_samples // ranks)
     return (
@@ -274,7 +277,7 @@ def memory(work: Workload, ranks: int) -> tuple[Memory, ...]:
         Memory("rows: last updates", rows * TOUCHED, place=place),
         Memory("rows of a batch", 8 * local * work.row_width * max(4, work.bytes_per_value)),
         Memory("validation gradient", work.theta_bytes),
-        Memory(f"activations of the {step} step", foot.alive[step].at(local), step),
+        Memory(f"activations of the {step} step", foot.alive[step].at(piece), step),
         Memory("last layer and solver", solver_bytes(work, ranks), step),
         Memory("forward of the validation batch", foot.alive["validation"].at(validation), "validation"),
     )
@@ -370,15 +373,15 @@ def problems(work: Workload, cluster: Cluster) -> tuple[str, ...]:
     return tuple(found)
 
 
-NO_SINGLE = (
-    "no single setting makes it fit: combine more nodes, a smaller train.batch_size and hyper.table_dtype=bfloat16"
-)
+NO_SINGLE = "no single setting makes it fit: combine more nodes, more train.accumulate and hyper.table_dtype=bfloat16"
 
 
 def cures(work: Workload, cluster: Cluster) -> list[str]:
     """The single changes after which everything fits."""
     halves = [work.batch_size >> k for k in range(1, 20)]
+    pieces = [k for k in (work.accumulate << k for k in range(1, 20)) if work.batch_size % (k * cluster.ranks) == 0]
     groups: list[list[tuple[str, Workload, Cluster]]] = [
+        [(f"train.accumulate={k}", replace(work, accumulate=k), cluster) for k in pieces],
         [(f"train.batch_size={size}", replace(work, batch_size=size), cluster) for size in halves],
         [(f"--nodes {cluster.nodes << k}", work, replace(cluster, nodes=cluster.nodes << k)) for k in range(1, 9)],
     ]
@@ -554,6 +557,8 @@ def step_flops(work: Workload, ranks: int, step: Step) -> float:
     if step != "task":
         validation = -(-work.validation_batch // ranks)
         total += validation * work.footprint.flops["validation"] / work.validation_every + solver_flops(work, ranks)
+        if work.accumulate > 1 and work.augment and (step == "hyper" or work.solver != "fisher"):
+            total += local * work.footprint.flops["validation"]  # H is the whole batch's: its features come first
     return total
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -10,6 +11,7 @@ import torch
 
 from autodo_dist.build import Hyper, Parts
 from autodo_dist.data.loader import Batch
+from autodo_dist.errors import AutodoError
 from autodo_dist.method.hypergrad import (
     Hypergradient,
     Rows,
@@ -21,6 +23,7 @@ from autodo_dist.method.hypergrad import (
 from autodo_dist.method.losses import sample_loss
 from autodo_dist.parallel.comm import Ranks
 
+Outputs = tuple[torch.Tensor, torch.Tensor]  # features and logits
 # What a step adds to the running sums of a rank.
 FIGURES = ("loss", "hits", "pictures", "cosine", "largest_eigenvalue", "hyper_steps")
 
@@ -34,8 +37,28 @@ class Trained:
 
 
 @dataclass(frozen=True)
+class Piece:
+    """So much of a rank's part of a batch as goes through the model at once (train.accumulate).
+
+    place: where it lies in the part. leaves: gates and magnitudes as leaves of a graph, where they are learnt.
+    """
+
+    place: slice
+    images_BCHW: torch.Tensor
+    labels_B: torch.Tensor
+    draws_BD: torch.Tensor
+    rows: Rows
+    leaves: list[torch.Tensor]
+    last: bool
+
+    def augmented(self, parts: Parts) -> torch.Tensor:
+        """The pictures as the model gets them."""
+        return augmented(self.images_BCHW, self.rows, self.draws_BD, parts.pictures)
+
+
+@dataclass(frozen=True)
 class Forward:
-    """A train batch on its way through the model. loss: the rank's part of the global mean, times the ranks."""
+    """A piece on its way through the model. loss: its part of the global mean, times the ranks."""
 
     features_BD: torch.Tensor
     loss: torch.Tensor
@@ -45,25 +68,35 @@ class Forward:
 def task_step(parts: Parts, batch: Batch, done: int, ranks: Ranks) -> Trained:
     """One step of SGD on (1/B) Σ w_i l_i, after `done` task steps. Every rank must call this."""
     rows = parts.hyper.parameters.fetch(batch.ids_B, batch.next_ids_B) if parts.hyper is not None else Rows()
-    forward = train_forward(parts, batch, rows, done, ranks)
-    parts.engine.step(forward.loss, parts.lr(done))
-    take_in(parts)
-    return forward.trained
+    weight_B, trained = weights_of(parts, batch, rows, ranks), []
+    seed_dropout(parts, done, ranks)
+    for piece in pieces(parts, batch, rows):
+        forward = train_forward(parts, piece, weight_B, ranks)
+        parts.engine.backward(forward.loss)
+        trained.append(forward.trained)
+    finish(parts, done)
+    return together(trained)
 
 
 def hyper_step(parts: Parts, hyper: Hyper, batch: Batch, lr: float, step: int, ranks: Ranks) -> torch.Tensor:
     """Step number `step` (from 1) of RMSprop on the rows of `batch`, by the hypergradient of `hyper.valid_grad_CD`.
 
     The paper's way: a forward of its own through the frozen encoder. The model must be in eval mode; it stays as it is.
-    Gives FIGURES. Every rank must call this.
+    H is the whole batch's. So λ^A takes a second forward where that is in pieces, to hold the activations of one at a
+    time. Gives FIGURES. Every rank must call this.
     """
-    rows, leaves = hyper.parameters.fetch(batch.ids_B, batch.next_ids_B).with_leaves(len(batch))
-    with torch.set_grad_enabled(bool(leaves)):
-        images_BCHW = augmented(batch.images_BCHW.to(parts.dtype), rows, batch.draws_BD, parts.pictures)
-        features_BD = parts.engine.encode(images_BCHW)
-    found = at_head(parts, hyper, features_BD, batch, rows, ranks)
-    gates = torch.autograd.grad(features_BD, leaves, grad_outputs=found.feature_grad_BD) if leaves else ()
-    hyper.parameters.apply_grads(batch.ids_B, found.rows(gates), lr=lr, step=step)
+    rows = hyper.parameters.fetch(batch.ids_B, batch.next_ids_B)
+    cut = pieces(parts, batch, rows, learnt=True)
+    with torch.set_grad_enabled(len(cut) == 1 and bool(cut[0].leaves)):
+        features = [parts.engine.encode(piece.augmented(parts)) for piece in cut]
+    found = at_head(parts, hyper, features, batch, rows, ranks)
+    gates = []
+    for piece, features_BD in zip(cut, features, strict=True):
+        if piece.leaves:
+            again = features_BD if len(cut) == 1 else parts.engine.encode(piece.augmented(parts))
+            grad_BD = found.feature_grad_BD[piece.place]
+            gates.append(torch.autograd.grad(again, piece.leaves, grad_outputs=grad_BD))
+    hyper.parameters.apply_grads(batch.ids_B, found.rows(joined(gates)), lr=lr, step=step)
     return figures_of(found)
 
 
@@ -74,24 +107,94 @@ def shared_step(parts: Parts, hyper: Hyper, batch: Batch, done: int, lr: float, 
     task step's own backward, times a factor per sample. That is exact where a picture's loss depends on that picture
     alone; with BatchNorm's batch statistics it is an approximation. Every rank must call this.
     """
-    rows, leaves = hyper.parameters.fetch(batch.ids_B, batch.next_ids_B).with_leaves(len(batch))
-    forward = train_forward(parts, batch, rows, done, ranks)
-    found = at_head(parts, hyper, forward.features_BD, batch, rows, ranks)
-    gates: Sequence[torch.Tensor] = ()
-    if leaves and found.factor_B is None:
-        gates = torch.autograd.grad(forward.features_BD, leaves, grad_outputs=found.feature_grad_BD, retain_graph=True)
-    parts.engine.step(forward.loss, parts.lr(done), leaves if found.factor_B is not None else ())
-    if leaves and found.factor_B is not None:
-        # A leaf's gradient is that of ranks/B · w_i l_i.
-        factor_B1 = (found.factor_B * (parts.objective.batch_size / ranks.ranks))[:, None]
-        gates = [factor_B1 * leaf.grad for leaf in leaves if leaf.grad is not None]
-    take_in(parts)
-    hyper.parameters.apply_grads(batch.ids_B, found.rows(gates), lr=lr, step=step)
-    return replace(forward.trained, figures=forward.trained.figures + figures_of(found))
+    rows = hyper.parameters.fetch(batch.ids_B, batch.next_ids_B)
+    cut, weight_B = pieces(parts, batch, rows, learnt=True), weights_of(parts, batch, rows, ranks)
+    exact = bool(cut[0].leaves) and hyper.solve.solver != "fisher"
+    found = None
+    if exact and len(cut) > 1:
+        found = at_head(parts, hyper, look_ahead(parts, cut, done, ranks), batch, rows, ranks)
+    forwards: list[Forward] = []
+    gates: list[Sequence[torch.Tensor]] = []
+    seed_dropout(parts, done, ranks)
+    for piece in cut:
+        forward = train_forward(parts, piece, weight_B, ranks)
+        if exact:
+            found = found or at_head(parts, hyper, [forward.features_BD], batch, rows, ranks)
+            grad_BD = found.feature_grad_BD[piece.place]
+            gates.append(
+                torch.autograd.grad(forward.features_BD, piece.leaves, grad_outputs=grad_BD, retain_graph=True)
+            )
+        parts.engine.backward(forward.loss, () if exact else piece.leaves)
+        forwards.append(replace(forward, features_BD=forward.features_BD.detach(), loss=forward.loss.detach()))
+    if found is None:
+        found = at_head(parts, hyper, [forward.features_BD for forward in forwards], batch, rows, ranks)
+        gates = [fisher_gates(parts, found, piece, ranks) for piece in cut]
+    finish(parts, done)
+    hyper.parameters.apply_grads(batch.ids_B, found.rows(joined(gates)), lr=lr, step=step)
+    trained = together([forward.trained for forward in forwards])
+    return replace(trained, figures=trained.figures + figures_of(found))
 
 
-def take_in(parts: Parts) -> None:
-    """Have the average, where there is one, take in the weights after a step."""
+def pieces(parts: Parts, batch: Batch, rows: Rows, learnt: bool = False) -> list[Piece]:
+    """A rank's part of a batch, cut. AutodoError where dropped pictures left fewer than there are to be pieces."""
+    count, images_BCHW = parts.accumulate, batch.images_BCHW.to(parts.dtype)
+    if len(batch) < count:
+        raise AutodoError(
+            f"train.accumulate = {count}: {len(batch)} pictures of this rank's part of a batch are left, the others "
+            "did not decode; lower it, then run the same command again"
+        )
+    found = []
+    for start, end in itertools.pairwise(len(batch) * k // count for k in range(count + 1)):
+        place = slice(start, end)
+        mine, leaves = rows.of(place).with_leaves(end - start) if learnt else (rows.of(place), [])
+        found.append(
+            Piece(
+                place,
+                images_BCHW[place],
+                batch.labels_B[place],
+                batch.draws_BD[place],
+                mine,
+                leaves,
+                last=end == len(batch),
+            )
+        )
+    return found
+
+
+@torch.no_grad()
+def look_ahead(parts: Parts, cut: Sequence[Piece], done: int, ranks: Ranks) -> list[torch.Tensor]:
+    """The features that the step's forwards are going to give. BatchNorm's running statistics stay as they are."""
+    kept = [buffer.clone() for buffer in parts.model.buffers()]
+    seed_dropout(parts, done, ranks)
+    features: list[torch.Tensor] = [parts.model(piece.augmented(parts))[0] for piece in cut]
+    for buffer, value in zip(parts.model.buffers(), kept, strict=True):
+        buffer.copy_(value)
+    return features
+
+
+def fisher_gates(parts: Parts, found: Hypergradient, piece: Piece, ranks: Ranks) -> list[torch.Tensor]:
+    """The gradients of gates and magnitudes by the backward of the loss; a leaf's is that of ranks/B · w_i l_i."""
+    if found.factor_B is None:
+        return []
+    factor_B1 = (found.factor_B[piece.place] * (parts.objective.batch_size / ranks.ranks))[:, None]
+    return [factor_B1 * leaf.grad for leaf in piece.leaves if leaf.grad is not None]
+
+
+def joined(gates: Sequence[Sequence[torch.Tensor]]) -> list[torch.Tensor]:
+    """Gates and magnitudes of all pieces; none where they are not learnt."""
+    return [torch.cat(parts) for parts in zip(*gates, strict=True)]
+
+
+def together(trained: Sequence[Trained]) -> Trained:
+    """What the pieces of a step tell."""
+    return Trained(
+        torch.stack([piece.figures for piece in trained]).sum(0), torch.cat([piece.loss_B for piece in trained])
+    )
+
+
+def finish(parts: Parts, done: int) -> None:
+    """The optimizer's step; the average, where there is one, takes in the weights after it."""
+    parts.engine.step(parts.lr(done))
     if parts.average is not None:
         parts.average.update(parts.model)
 
@@ -105,12 +208,13 @@ def renew_validation(parts: Parts, hyper: Hyper, validation: Batch, ranks: Ranks
     if training:
         parts.engine.share_buffers()
         parts.model.eval()
+    size = parts.loaders.hyper_validation.batch_size
     hyper.valid_grad_CD.copy_(
         validation_gradient(
-            parts.model,
+            in_pieces(parts.model, parts.accumulate if size // ranks.ranks >= parts.accumulate else 1),
             parts.pictures.plain(validation.images_BCHW.to(parts.dtype)),
             validation.labels_B,
-            size=parts.loaders.hyper_validation.batch_size,
+            size=size,
             bias=parts.objective.bias,
             group=ranks,
         )
@@ -118,33 +222,48 @@ def renew_validation(parts: Parts, hyper: Hyper, validation: Batch, ranks: Ranks
     parts.model.train(training)
 
 
-def train_forward(parts: Parts, batch: Batch, rows: Rows, done: int, ranks: Ranks) -> Forward:
-    """The model's forward in train mode, and the weighted loss."""
-    images_BCHW = augmented(batch.images_BCHW.to(parts.dtype), rows, batch.draws_BD, parts.pictures)
-    torch.manual_seed(dropout_seed(parts.loaders.task.seed, done, ranks.rank))
-    features_BD, logits_BC = parts.engine.forward(images_BCHW)
+def in_pieces(model: Callable[[torch.Tensor], Outputs], count: int) -> Callable[[torch.Tensor], Outputs]:
+    """The model as a function that takes its pictures a piece at a time; every rank has one for each piece."""
+
+    def call(images_BCHW: torch.Tensor) -> Outputs:
+        features, logits = zip(*(model(piece) for piece in images_BCHW.tensor_split(count)), strict=True)
+        return torch.cat(features), torch.cat(logits)
+
+    return call
+
+
+def weights_of(parts: Parts, batch: Batch, rows: Rows, ranks: Ranks) -> torch.Tensor:
+    """w_i of a rank's part of a batch. Every rank must call this."""
+    like_B = torch.ones(len(batch), dtype=parts.dtype, device=batch.labels_B.device)
+    return sample_weights(rows, like_B, parts.objective, ranks)
+
+
+def train_forward(parts: Parts, piece: Piece, weight_B: torch.Tensor, ranks: Ranks) -> Forward:
+    """The model's forward in train mode, and the weighted loss; `weight_B` are those of the rank's whole part."""
+    features_BD, logits_BC = parts.engine.forward(piece.augmented(parts), piece.last)
     objective = parts.objective
-    loss_B = sample_loss(objective.loss, logits_BC, batch.labels_B, rows.soft_logit, objective.smoothing)
-    loss = (sample_weights(rows, loss_B.detach(), parts.objective, ranks) * loss_B).sum()
-    hits = (logits_BC.detach().argmax(1) == batch.labels_B).sum()
+    loss_B = sample_loss(objective.loss, logits_BC, piece.labels_B, piece.rows.soft_logit, objective.smoothing)
+    loss = (weight_B[piece.place] * loss_B).sum()
+    hits = (logits_BC.detach().argmax(1) == piece.labels_B).sum()
     figures = torch.zeros(len(FIGURES), dtype=torch.float64, device=loss.device)
-    figures[:3] = torch.stack([loss.detach().double(), hits.double(), hits.new_tensor(len(batch)).double()])
+    figures[:3] = torch.stack([loss.detach().double(), hits.double(), hits.new_tensor(len(loss_B)).double()])
     # The engine takes the mean over ranks, whose parts of the batch may differ by one picture.
     trained = Trained(figures, loss_B.detach())
-    return Forward(features_BD, loss * ranks.ranks / parts.objective.batch_size, trained)
+    return Forward(features_BD, loss * ranks.ranks / objective.batch_size, trained)
 
 
-def dropout_seed(seed: int, done: int, rank: int) -> int:
-    """The seed of a step's dropout masks: of the step, so that a resume repeats them, and of the rank's own samples."""
-    return int(np.random.SeedSequence([seed, done, rank]).generate_state(1, np.uint64)[0] >> 1)
+def seed_dropout(parts: Parts, done: int, ranks: Ranks) -> None:
+    """Set the generator of dropout masks by the step, so that a resume repeats them, and by the rank."""
+    state = np.random.SeedSequence([parts.loaders.task.seed, done, ranks.rank]).generate_state(1, np.uint64)
+    torch.manual_seed(int(state[0] >> 1))
 
 
 def at_head(
-    parts: Parts, hyper: Hyper, features_BD: torch.Tensor, batch: Batch, rows: Rows, ranks: Ranks
+    parts: Parts, hyper: Hyper, features: Sequence[torch.Tensor], batch: Batch, rows: Rows, ranks: Ranks
 ) -> Hypergradient:
-    """The hypergradient as far as the last layer gives it."""
+    """The hypergradient as far as the last layer gives it; `features` are those of all pieces."""
     return hypergradient(
-        features_BD.detach(),
+        torch.cat([features_BD.detach() for features_BD in features]),
         parts.engine.head(),
         batch.labels_B,
         rows,

@@ -176,6 +176,7 @@ def make_parts(config: Config, split: Split, classes: int, ranks: Ranks) -> Part
         engine=build_engine(config, model, ranks),
         loaders=cast(build_data.Loaders, SimpleNamespace(task=batch, hyper_validation=batch)),
         dtype=build.DTYPES[config.train.precision],
+        accumulate=1,
         lr=lambda done: LR,
         objective=Objective(config.learn.loss, config.train.batch_size),  # of runs that learn soft labels
         pictures=build.build_pictures(config),
@@ -266,7 +267,7 @@ def head_operations(batch: int, ranks: Ranks) -> float:
     features_BD = torch.randn(batch, bench.parts.model.head.in_features)
     bench.hyper.valid_grad_CD.normal_()
     rows = bench.hyper.parameters.fetch(bench.train.ids_B)
-    return operations(lambda: at_head(bench.parts, bench.hyper, features_BD, bench.train, rows, ranks))
+    return operations(lambda: at_head(bench.parts, bench.hyper, [features_BD], bench.train, rows, ranks))
 
 
 def timed(case: Case, rounds: int, ranks: Ranks) -> list[Figure]:

@@ -264,7 +264,8 @@ def test_start_values_train_as_smoothed_labels_do(digits: Path, tmp_path: Path) 
         task_step(parts, batch, 0, ranks)
         _, logits = other.engine.forward(batch.images_BCHW.double())
         loss = torch.nn.functional.cross_entropy(logits, batch.labels_B, label_smoothing=0.1)
-        other.engine.step(loss, other.lr(0))
+        other.engine.backward(loss)
+        other.engine.step(other.lr(0))
         for ours, theirs in zip(parts.model.parameters(), other.model.parameters(), strict=True):
             torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-12)
 

@@ -147,7 +147,8 @@ def test_only_tensors_are_saved(tmp_path: Path) -> None:
 def test_an_engines_state_is_tensors_and_its_numbers_are_the_settings(tmp_path: Path, momentum: float) -> None:
     def steps(engine: DdpEngine, count: int) -> None:
         for _ in range(count):
-            engine.step(engine.module(torch.ones(1, 3)).square().sum(), lr=0.05)
+            engine.backward(engine.module(torch.ones(1, 3)).square().sum())
+            engine.step(0.05)
 
     def made(ranks: comm.Ranks) -> DdpEngine:
         torch.manual_seed(0)

@@ -48,7 +48,8 @@ def train(engine: Engine, name: str, steps: range) -> torch.Tensor:
         images_BCHW = torch.randn(BATCH, 3, 16, 16, generator=generator)
         labels_B = torch.randint(4, (BATCH,), generator=generator)
         loss = torch.nn.functional.cross_entropy(engine.forward(images_BCHW)[1], labels_B)
-        engine.step(loss, RATE[name] * (step + 1) / STEPS)
+        engine.backward(loss)
+        engine.step(RATE[name] * (step + 1) / STEPS)
         losses.append(engine.ranks.sum(loss.detach()) / engine.ranks.ranks)
     return torch.stack(losses)
 

@@ -430,7 +430,7 @@ def test_a_files_optimizer_is_compared_with_the_one_chosen(tmp_path: Path) -> No
     [
         ({"train_batch_size": 128}, "train_batch_size = 128 there, but 256 by train.batch_size"),
         ({"train_micro_batch_size_per_gpu": 32}, "= 32 there, but 64 by train.batch_size over 4 ranks"),
-        ({"gradient_accumulation_steps": 2}, "= 2 there, but 1 by train.batch_size in one piece"),
+        ({"gradient_accumulation_steps": 2}, "= 2 there, but 1 by train.accumulate"),
         ({"gradient_clipping": 1.0}, "= 1.0 there, but 0.0 by optim.clip_norm"),
         ({"zero_optimization": {"stage": 3}}, "zero_optimization.stage = 3 there, but 2 by engine.stage"),
         ({"fp16": {"enabled": True}}, "fp16.enabled = true there, but false by train.precision"),

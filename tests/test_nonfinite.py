@@ -50,7 +50,7 @@ def poisoned(bad: Bad) -> Iterator[None]:
 
     The root of 0 is 0, and its derivative times 0 is NaN.
     """
-    forward = steps.train_forward
+    forward, seed, now = steps.train_forward, steps.seed_dropout, [0]
 
     def batches(loader: Loader, epoch: int, start: int = 0) -> Iterator[Batch]:
         for position, batch in enumerate(SOURCE(loader, epoch, start), start):
@@ -59,13 +59,21 @@ def poisoned(bad: Bad) -> Iterator[None]:
                 batch.images_BCHW[hit_B] = torch.nan
             yield batch
 
-    def train_forward(parts: Any, batch: Any, rows: Any, done: int, ranks: comm.Ranks) -> steps.Forward:
-        found = forward(parts, batch, rows, done, ranks)
-        if bad.get(divmod(done, STEPS)) == "gradient" and ranks.rank == ranks.ranks - 1:
+    def seed_dropout(parts: Any, done: int, ranks: comm.Ranks) -> None:
+        now[0] = done
+        seed(parts, done, ranks)
+
+    def train_forward(parts: Any, piece: Any, weight_B: Any, ranks: comm.Ranks) -> steps.Forward:
+        found = forward(parts, piece, weight_B, ranks)
+        if bad.get(divmod(now[0], STEPS)) == "gradient" and ranks.rank == ranks.ranks - 1:
             return replace(found, loss=found.loss + (0 * found.loss).sqrt())
         return found
 
-    with patch.object(Loader, "batches", batches), patch.object(steps, "train_forward", train_forward):
+    with (
+        patch.object(Loader, "batches", batches),
+        patch.object(steps, "seed_dropout", seed_dropout),
+        patch.object(steps, "train_forward", train_forward),
+    ):
         yield
 
 

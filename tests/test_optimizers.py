@@ -78,7 +78,8 @@ def test_sgd_is_bit_for_bit_what_it_was() -> None:
         generator = torch.Generator().manual_seed(0)
         for rate in RATES:
             images_BCHW = torch.randn(4, 3, 16, 16, generator=generator)
-            engine.step(engine.forward(images_BCHW)[1].square().mean(), rate / 10)
+            engine.backward(engine.forward(images_BCHW)[1].square().mean())
+            engine.step(rate / 10)
             reference(images_BCHW)[1].square().mean().backward()
             sgd.param_groups[0]["lr"] = rate / 10
             sgd.step()
@@ -216,7 +217,8 @@ def engine_steps(engine: DdpEngine, first: int, last: int) -> None:
     for step in range(first, last):
         generator = torch.Generator().manual_seed(10 * step + engine.ranks.rank)
         images_BCHW = torch.randn(4, 3, 16, 16, generator=generator)
-        engine.step(engine.forward(images_BCHW)[1].square().mean(), 0.002 * (step + 1))
+        engine.backward(engine.forward(images_BCHW)[1].square().mean())
+        engine.step(0.002 * (step + 1))
 
 
 def flat(engine: DdpEngine) -> dict[str, torch.Tensor]:

@@ -380,7 +380,7 @@ def test_activations_that_do_not_fit_want_a_smaller_batch() -> None:
     foot = replace(FOOT, alive=dict.fromkeys(STEPS, Line(0.0, GIB / 2)))
     work = replace(WORK, footprint=foot, batch_size=64)
     (problem,) = plan(work, replace(CLUSTER, memory=3 * GIB)).problems
-    assert "fits with train.batch_size=32 or --nodes 4" in problem
+    assert "fits with train.accumulate=2 or train.batch_size=32 or --nodes 4" in problem
 
 
 def test_a_table_that_cannot_fit_is_refused() -> None:

@@ -89,7 +89,8 @@ def step(engine: DdpEngine, number: int, factor: float = 1.0) -> torch.Tensor:
     images = torch.randn(5, 3, generator=torch.Generator().manual_seed(number))
     leaf = torch.ones(5, 1, requires_grad=True)
     loss = (engine.module(images * leaf) ** 2).mean() * factor
-    engine.step(loss, 0.1, [leaf])
+    engine.backward(loss, [leaf])
+    engine.step(0.1)
     assert leaf.grad is not None
     return leaf.grad
 

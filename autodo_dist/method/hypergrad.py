@@ -60,6 +60,20 @@ class Rows:
         gate, magnitude = leaves or (None, None)
         return Rows(gate, magnitude, self.weight_logit, self.soft_logit), leaves
 
+    def of(self, samples: slice) -> Rows:
+        """The rows of some of the samples."""
+
+        def cut(logit: torch.Tensor | None, shared: bool = False) -> torch.Tensor | None:
+            return logit if logit is None or shared else logit[samples]
+
+        shared = self.gate_logit is not None and self.gate_logit.ndim == 1
+        return Rows(
+            cut(self.gate_logit, shared),
+            cut(self.magnitude_logit, shared),
+            cut(self.weight_logit),
+            cut(self.soft_logit),
+        )
+
 
 @dataclass(frozen=True)
 class Objective:

@@ -46,7 +46,7 @@ class DeepSpeedEngine(Engine):
         self, module: nn.Module, optimizer: torch.optim.Optimizer, ranks: Ranks, settings: dict[str, Any]
     ) -> None:
         super().__init__(module, optimizer, ranks)
-        self._root = self._wrapped(module)
+        self._root, self._last = self._wrapped(module), True
         deepspeed = _import(ranks.device)
         try:
             self._engine, *_ = deepspeed.initialize(
@@ -63,15 +63,21 @@ class DeepSpeedEngine(Engine):
     def _wrapped(self, module: nn.Module) -> nn.Module:
         return _FeaturesAside(module)
 
-    def forward(self, images_BCHW: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Features and logits of a batch, on the way to `step`."""
+    def forward(self, images_BCHW: torch.Tensor, last: bool = True) -> tuple[torch.Tensor, torch.Tensor]:
+        """See Engine."""
+        self._last = last
         logits_BC: torch.Tensor = self._engine(images_BCHW)
         assert isinstance(self._root, _FeaturesAside)
         return self._root.take(), logits_BC
 
-    def step(self, loss: torch.Tensor, lr: float, leaves: Sequence[torch.Tensor] = ()) -> None:
-        """One optimizer step; see Engine. DeepSpeed's backward goes to every leaf of the graph, wanted or not."""
-        self._engine.backward(loss)
+    def backward(self, loss: torch.Tensor, leaves: Sequence[torch.Tensor] = ()) -> None:
+        """See Engine. DeepSpeed's backward goes to every leaf of the graph, wanted or not."""
+        self._engine.backward(loss, scale_wrt_gas=False)  # ours is a part of a sum already, not of a mean over pieces
+        if not self._last:
+            self._engine.step()  # counts the piece, and that is all
+
+    def step(self, lr: float) -> None:
+        """See Engine."""
         for group in self._engine.optimizer.param_groups:
             group["lr"] = lr
         self._engine.step()
@@ -190,8 +196,9 @@ class CutWeightsEngine(CutStateEngine):
     def _wrapped(self, module: nn.Module) -> nn.Module:
         return module  # whose own hooks say where a forward begins, evaluation included
 
-    def forward(self, images_BCHW: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Features and logits of a batch, on the way to `step`. The features are not to be differentiated here."""
+    def forward(self, images_BCHW: torch.Tensor, last: bool = True) -> tuple[torch.Tensor, torch.Tensor]:
+        """See Engine. The features are not to be differentiated here."""
+        self._last = last
         features_BD, logits_BC = self._engine(images_BCHW)
         return features_BD.detach(), logits_BC
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -27,22 +28,32 @@ class Engine(ABC):
     """What the loop asks of an engine; here, as far as it can be said where every rank holds everything.
 
     Every method is a collective: every rank must call it. `module` may be called for features and logits without
-    gradients, which is one too; `step` belongs to the `forward` before it.
+    gradients, which is one too. A step is {forward, backward} for each piece of a rank's part of a batch, then `step`:
+
+        for piece in pieces:
+            _, logits = engine.forward(piece.images, last=piece is pieces[-1])
+            engine.backward(loss(logits))
+        engine.step(lr)
     """
 
     def __init__(self, module: nn.Module, optimizer: torch.optim.Optimizer, ranks: Ranks) -> None:
         self.module, self.optimizer, self.ranks = module, optimizer, ranks
 
     @abstractmethod
-    def forward(self, images_BCHW: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Features and logits of a batch, on the way to `step`. The features are differentiable with autograd.grad."""
+    def forward(self, images_BCHW: torch.Tensor, last: bool = True) -> tuple[torch.Tensor, torch.Tensor]:
+        """Features and logits of a piece, on the way to `backward`. The features are differentiable with autograd.grad.
+
+        last: whether it is the last before `step`; gradients are averaged over ranks in its backward. As many on
+        every rank.
+        """
 
     @abstractmethod
-    def step(self, loss: torch.Tensor, lr: float, leaves: Sequence[torch.Tensor] = ()) -> None:
-        """One optimizer step along the gradient of the mean over ranks of `loss`; this rank's gradients go to `leaves`.
+    def backward(self, loss: torch.Tensor, leaves: Sequence[torch.Tensor] = ()) -> None:
+        """Add the gradient of the mean over ranks of `loss`; this rank's own of it go to `leaves`."""
 
-        The gradient is cut to the engine's largest 2-norm, where it has one.
-        """
+    @abstractmethod
+    def step(self, lr: float) -> None:
+        """One optimizer step along the sum of gradients, cut to the engine's largest 2-norm where it has one."""
 
     def encode(self, images_BCHW: torch.Tensor) -> torch.Tensor:
         """Features whose weights get no gradient, so that a backward to the pictures is activation-only."""
@@ -138,6 +149,7 @@ class DdpEngine(Engine):
         self.scaler = torch.amp.GradScaler(ranks.device.type, enabled=False) if scaler is None else scaler
         gpus = [ranks.device.index] if ranks.device.type == "cuda" else None
         self._parallel = DistributedDataParallel(module, device_ids=gpus)
+        self._last = True
 
     def settle(self, images_BCHW: torch.Tensor) -> None:
         """Let DDP regroup its gradient buckets now, before the first step. Leaves weights and statistics as they are.
@@ -154,18 +166,28 @@ class DdpEngine(Engine):
         self._make_optimizer_state()
         self.module.train(training)
 
-    def forward(self, images_BCHW: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Features and logits of a batch, on the way to `step`."""
-        features_BD, logits_BC = self._parallel(images_BCHW)
+    def forward(self, images_BCHW: torch.Tensor, last: bool = True) -> tuple[torch.Tensor, torch.Tensor]:
+        """See Engine."""
+        self._last = last
+        with self._averaging():
+            features_BD, logits_BC = self._parallel(images_BCHW)
         return features_BD, logits_BC
 
-    def step(self, loss: torch.Tensor, lr: float, leaves: Sequence[torch.Tensor] = ()) -> None:
-        """One optimizer step; see Engine. Other leaves of the graph than `leaves` cost nothing."""
-        self.scaler.scale(loss).backward(inputs=[*self.module.parameters(), *leaves])
-        self.scaler.unscale_(self.optimizer)
+    def backward(self, loss: torch.Tensor, leaves: Sequence[torch.Tensor] = ()) -> None:
+        """See Engine. Other leaves of the graph than `leaves` cost nothing."""
+        with self._averaging():
+            self.scaler.scale(loss).backward(inputs=[*self.module.parameters(), *leaves])
         for leaf in leaves:
             if leaf.grad is not None:
                 leaf.grad /= self.scaler.get_scale()  # reads from the device, so only where there is a leaf
+
+    def _averaging(self) -> AbstractContextManager[None]:
+        """What DDP wants around the forward and the backward of a piece."""
+        return nullcontext() if self._last else self._parallel.no_sync()
+
+    def step(self, lr: float) -> None:
+        """See Engine."""
+        self.scaler.unscale_(self.optimizer)
         if self.clip_norm is not None:
             clip_grad_norm_(self.module.parameters(), self.clip_norm)
         for group in self.optimizer.param_groups:
