@@ -22,6 +22,7 @@ from autodo_dist.build_data import (
     operations,
 )
 from autodo_dist.build_engine import build_engine
+from autodo_dist.compiling import compile_encoder
 from autodo_dist.config import Config
 from autodo_dist.data.manifest import Manifest, check_files
 from autodo_dist.data.split import Split
@@ -113,10 +114,13 @@ def build(config: Config, manifest: Manifest, ranks: Ranks) -> Parts:
     if config.model.init_from is not None and not checkpoint.complete(config.folder / "checkpoints"):
         load_weights(model, config.model.init_from)
     average = Average(model, config.train.average) if config.train.average is not None else None
+    engine = build_engine(config, model, ranks)  # a copy of the model is to be made before
+    if config.train.compile:
+        compile_encoder(model.encoder)
     parts = Parts(
         manifest=manifest,
         model=model,
-        engine=build_engine(config, model, ranks),  # a copy of the model is to be made before
+        engine=engine,
         loaders=loaders,
         dtype=DTYPES[config.train.precision],
         accumulate=config.train.accumulate,

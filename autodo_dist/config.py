@@ -337,6 +337,7 @@ class Train(Section):
         description="in which the encoder computes (autocast); weights, head, losses and rows are float32. fp16: on a "
         "GPU, the loss is scaled; fp64: everything, to compare runs",
     )
+    compile: bool = Field(False, description="compile the encoder with torch.compile, for GPUs (docs/engines.md)")
     channels_last: bool = Field(False, description="keep pictures and weights as B x H x W x C, fast on many GPUs")
     threads: int = Field(1, ge=1, description="torch's CPU threads per rank (a resume is bit-exact at the same number)")
     deterministic: bool = Field(

@@ -88,6 +88,11 @@ def check_engine(config: Config) -> None:
             f"optim.name = {config.optim.name}: a step needs the norm of each whole parameter, and engine.stage = "
             f"{engine.stage} keeps flat parts of them; set engine.stage=0, or engine.name=ddp"
         )
+    if engine.stage == 3 and config.train.compile:
+        raise AutodoError(
+            "train.compile: DeepSpeed's hooks of engine.stage = 3 cut the encoder at each layer, and steps would be "
+            "compiled anew; set engine.stage=2, or train.compile=false"
+        )
     if engine.stage == 3 and config.train.average is not None:
         raise AutodoError(
             "train.average: needs whole weights, which engine.stage = 3 cuts over the ranks; set engine.stage=2, or "
