@@ -13,6 +13,7 @@ from unittest.mock import patch
 import pytest
 import torch
 from ranks import RankPool
+from test_engines import fresh, needs_deepspeed
 from test_train import assert_equal_states, cut_back, run_train, settings, weights
 from torch import nn
 from typer.testing import CliRunner
@@ -267,14 +268,18 @@ def test_a_count_of_steps_that_is_lost_is_noticed(pool: RankPool, tmp_path: Path
     assert pool.run(1, resume_without_the_step, tmp_path)[0]["lamb"] > 1e-3
 
 
-def test_a_whole_run_with_lamb_resumes_bit_for_bit(pool: RankPool, digits: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("engine", [{}, pytest.param({"name": "deepspeed", "stage": 0}, marks=needs_deepspeed)])
+def test_a_whole_run_with_lamb_resumes_bit_for_bit(
+    pool: RankPool, digits: Path, tmp_path: Path, engine: dict[str, Any]
+) -> None:
     """Two parameter groups, two ranks, from the middle of the second epoch on."""
-    tree = settings(digits, tmp_path) | {"optim": {"name": "lamb", "warmup_epochs": 1, "lr_batch_size": 400}}
-    folder = pool.run(2, run_train, tree)[0]
+    optim = {"name": "lamb", "warmup_epochs": 1, "lr_batch_size": 400}
+    tree = settings(digits, tmp_path, data__image_size=16) | {"optim": optim, "engine": engine}
+    folder = pool.run(2, fresh, run_train, tree)[0]
     final = weights(folder, 12)
     assert final[".optimizer.state.head.weight.step"] == 12
     cut_back(folder, 10)
-    pool.run(2, run_train, tree)
+    pool.run(2, fresh, run_train, tree)
     assert_equal_states(weights(folder, 12), final)
     log = (folder / "logs" / "rank-00000.log").read_text()
     assert "optimizer lamb (torch): peak learning rate 0.00125 (optim.lr = 0.005 for a batch of 400)" in log
