@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -142,7 +143,11 @@ def held(before: dict[int, torch.UntypedStorage]) -> int:
 
 
 def storages() -> dict[int, torch.UntypedStorage]:
-    """Storages by place; held, none is freed and its place used anew. Python does not see DDP's buckets."""
+    """Storages by place; held, none is freed and its place used anew. Python does not see DDP's buckets.
+
+    Gloo's thread lets go of what it summed a moment after the sum is there: that is waited for.
+    """
+    time.sleep(0.05)
     found = {}
     for each in gc.get_objects():
         if type(each) in (torch.Tensor, torch.nn.Parameter):
@@ -159,6 +164,7 @@ def census(stage: int | None, file: Path) -> dict[str, int]:
         before, back, step = storages(), [], []
         engine = made({"name": "adamw"}, stage, ranks, file)
         train(engine, "adamw", range(1))
+        gc.collect()
         engine.optimizer.register_step_pre_hook(lambda *_: step.append(held(before)))
         for parameter in engine.module.parameters():
             parameter.register_hook(lambda _: back.append(held(before)))
