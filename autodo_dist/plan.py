@@ -62,10 +62,11 @@ class Workload:
     """What is to be done, whatever the machine. The fields named as settings of `config.py` are those.
 
     accumulate: pieces of a rank's part of a batch. picture_bytes: one picture as the model takes it. bytes_per_number:
-    of weights, 4 or 8. optimizer_numbers: kept by it for each of them. stage: of ZeRO, None with DDP; reduce_bucket,
-    most_live: DeepSpeed's elements of a bucket of gradients, and of parameters that stage 3 keeps gathered. row_width:
-    P, 0 where no sample has a row. shared_width: values of the row that all samples share. bytes_per_value: of the
-    table, 2, 4 or 8. space, products: see solvers.Space; products with the curvature in a hyper step.
+    of weights, 4 or 8. averages: whether a moving average of them is kept. optimizer_numbers: kept for each of them.
+    stage: of ZeRO, None with DDP; reduce_bucket, most_live: DeepSpeed's elements of a bucket of gradients, and of
+    parameters that stage 3 keeps gathered. row_width: P, 0 where no sample has a row. shared_width: values of the row
+    that all samples share. bytes_per_value: of the table, 2, 4 or 8. space, products: see solvers.Space; products with
+    the curvature in a hyper step.
     """
 
     train_samples: int
@@ -78,6 +79,8 @@ class Workload:
     accumulate: int = 1
     steps_per_pass: int | None = None
     bytes_per_number: int = 4
+    on_cpu: bool = False
+    averages: bool = False
     optimizer_numbers: int = 1
     stage: int | None = None
     reduce_bucket: int = 500_000_000
@@ -259,8 +262,11 @@ def memory(work: Workload, ranks: int) -> tuple[Memory, ...]:
     """
     local, foot = -(-work.batch_size // ranks), work.footprint
     piece = -(-local // work.accumulate)
+    rows = -(-work.train_samples // ranks) if work.learns else 0
+    table = 2 * rows * work.row_width * work.bytes_per_value + rows * TOUCHED
     parts = [
         *model_memory(work, ranks),
+        *save_memory(work, table),
         Memory(f"pictures of {BATCHES_HELD} batches", BATCHES_HELD * local * work.picture_bytes),
         Memory("activations of the task step", foot.alive["task"].at(piece), "task"),
     ]
@@ -269,7 +275,6 @@ def memory(work: Workload, ranks: int) -> tuple[Memory, ...]:
     place: Place = "host" if work.table_on_host else "device"
     validation = -(-work.validation_batch // (ranks * work.accumulate))
     step: Step = "shared" if work.way == "shared" else "hyper"
-    rows = -(-work.train_samples // ranks)
     return (
         *parts,
         Memory("rows: values", rows * work.row_width * work.bytes_per_value, place=place),
@@ -301,6 +306,23 @@ def model_memory(work: Workload, ranks: int) -> list[Memory]:
         Memory("gradients", part if stage >= 2 else whole),
         Memory(*buckets),
         Memory("optimizer state", (part if stage else whole) * work.optimizer_numbers),
+        Memory("average of the weights", (whole + sum(work.footprint.buffers)) * work.averages),
+    ]
+
+
+def save_memory(work: Workload, table: int) -> list[Memory]:
+    """What a save needs beside training: a copy of a rank's state in main memory, from the first save on.
+
+    Stages 1 to 3 put weights and optimizer state together first, on the device. table: bytes of a rank's rows.
+    """
+    foot, size = work.footprint, work.bytes_per_number
+    whole = foot.parameters * size * (1 + work.optimizer_numbers)
+    average = (foot.parameters * size + sum(foot.buffers)) * work.averages
+    learnt = (table + work.theta_bytes) * work.learns
+    place: Place = "device" if work.on_cpu else "host"
+    return [
+        Memory("staging buffer of saves", whole + sum(foot.buffers) + average + learnt, place=place),
+        Memory("whole copies for a save", whole if work.stage else 0, "save"),
     ]
 
 

@@ -13,23 +13,28 @@ import pytest
 import torch
 import torch.distributed as dist
 from ranks import RankPool
+from test_engines import fresh, needs_deepspeed, small, with_stage
 from torch import nn
+from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from typer.testing import CliRunner
 
 from autodo_dist import plan as planning
-from autodo_dist.build import build_pictures, build_solve
+from autodo_dist.build import build, build_pictures, build_solve
+from autodo_dist.build_data import build_split
 from autodo_dist.cli import app
 from autodo_dist.commands.plan import Sizes, workload
 from autodo_dist.config import Config
+from autodo_dist.data.manifest import read_manifest
 from autodo_dist.data.split import Split
 from autodo_dist.errors import AutodoError
 from autodo_dist.footprint import Alive, measure
 from autodo_dist.load_config import check_config
 from autodo_dist.method.rmsprop import Rmsprop
 from autodo_dist.models import Classifier, build_model
-from autodo_dist.parallel import comm
+from autodo_dist.parallel import checkpoint, comm
 from autodo_dist.parallel.row_table import RowTable
 from autodo_dist.plan import GIB, Cluster, Collective, Footprint, Line, Workload, check_memory, plan
+from autodo_dist.progress import tensors
 from autodo_dist.steps import hyper_step, renew_validation, shared_step, task_step
 from benchmarks.hyper_step import EVERYTHING, LR, Case, make_batch, make_parts
 from benchmarks.scaling import part_of
@@ -324,10 +329,42 @@ def test_memory_by_part() -> None:
     assert sizes["rows: values"] == sizes["rows: second moments"] == 113 * 25 * 4
     assert sizes["validation gradient"] == 10 * 8 * 4
     assert sizes["forward of the validation batch"] == 140
-    together = sum(sizes.values()) - sizes["forward of the validation batch"]
+    assert sizes["staging buffer of saves"] == 4012 + 4000 + planning.table_bytes(900, 25, 8, 4) + 10 * 8 * 4
+    together = sum(part.bytes for part in parts.values() if part.place == "device")
+    together -= sizes["forward of the validation batch"]
     assert planning.peak(list(parts.values()), "device") == together - sizes["activations of the task step"]
     host = planning.memory(replace(WORK, table_on_host=True, bytes_per_value=2), 8)
-    assert planning.peak(host, "host") == planning.table_bytes(900, 25, 8, 2)
+    table = planning.table_bytes(900, 25, 8, 2)
+    assert planning.peak(host, "host") == table + (8012 + table + 320)
+
+
+def staged(tree: dict[str, Any]) -> int:
+    """Bytes of the copy that a save makes of this rank's state."""
+    with comm.process_group(comm.place(), CPU) as ranks:
+        parts = build(check_config(tree, "of the test"), read_manifest(tree["data"]["root"]), ranks)
+        options = StagingOptions(
+            use_pinned_memory=False, use_shared_memory=False, use_async_staging=False, use_non_blocking_copy=False
+        )
+        copy = DefaultStager(options).stage(tensors(parts))
+        assert isinstance(copy, dict)
+        parts.engine.close()
+        local = [getattr(leaf, "_local_tensor", leaf) for _, leaf in checkpoint.leaves(copy)]
+        return sum({leaf.untyped_storage().data_ptr(): leaf.untyped_storage().nbytes() for leaf in local}.values())
+
+
+@pytest.mark.parametrize("stage", [None, pytest.param(1, marks=needs_deepspeed)])
+def test_the_buffer_of_saves_is_counted(pool: RankPool, digits: Path, tmp_path: Path, stage: int | None) -> None:
+    """Model, momentum, average, this rank's rows and the validation gradient, but for the counters that go with them."""
+    tree = with_stage(small(digits, tmp_path, train__average=0.9), stage)
+    config, manifest = check_config(tree, "of the test"), read_manifest(digits)
+    split = build_split(config, manifest)
+    work = workload(
+        config, Sizes(len(split.train), len(split.validation), 10), replace(CLUSTER, nodes=1, ranks_per_node=2)
+    )
+    parts = {part.part: part for part in planning.memory(work, 2)}
+    assert max(pool.run(2, fresh, staged, tree)) == pytest.approx(parts["staging buffer of saves"].bytes, abs=500)
+    assert (parts["whole copies for a save"].bytes > 0) == (stage is not None)
+    assert parts["staging buffer of saves"].place == "host"
 
 
 def test_gathered_samples_are_counted() -> None:

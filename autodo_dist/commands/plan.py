@@ -151,6 +151,8 @@ def workload(config: Config, sizes: Sizes, cluster: Cluster) -> Workload:
         epochs=config.train.epochs,
         steps_per_pass=config.train.steps_per_pass,
         bytes_per_number=dtype.itemsize,
+        on_cpu=config.train.device == "cpu",
+        averages=config.train.average is not None,
         optimizer_numbers=numbers_per_parameter(config.optim),
         **of_engine(config, cluster.ranks),
         learns=learn.anything,
