@@ -354,7 +354,7 @@ def staged(tree: dict[str, Any]) -> int:
 
 @pytest.mark.parametrize("stage", [None, pytest.param(1, marks=needs_deepspeed)])
 def test_the_buffer_of_saves_is_counted(pool: RankPool, digits: Path, tmp_path: Path, stage: int | None) -> None:
-    """Model, momentum, average, this rank's rows and the validation gradient, but for the counters that go with them."""
+    """Model, momentum, average, this rank's rows and the validation gradient, but for their counters."""
     tree = with_stage(small(digits, tmp_path, train__average=0.9), stage)
     config, manifest = check_config(tree, "of the test"), read_manifest(digits)
     split = build_split(config, manifest)
