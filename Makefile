@@ -35,8 +35,12 @@ lint: .venv/installed
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# These measure time or need both cores; the others share the cores, a file on each at a time.
+ALONE := $(wildcard tests/slurm tests/test_launcher.py tests/test_end_to_end.py tests/test_surviving.py tests/test_bench_*.py)
+JOBS ?= 2
 test: lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile $(addprefix --ignore=,$(ALONE))
+	$(BIN)/python -m pytest $(ALONE)
 
 clean:
 	rm -rf .venv data/digits runs
