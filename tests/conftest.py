@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 from ranks import RankPool
 
+# Tensors are small here, and cores shared with ranks and other workers: a second thread would only wait.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 # The console scripts of the environment that runs the tests.
 os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
 
