@@ -2,12 +2,13 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo results test lint clean help
+.PHONY: demo results test lint slurm clean help
 help:
 	@echo "make demo   environment, packed digits, a training run with two ranks (runs/digits)"
 	@echo "make results plain training against AutoDO, 20 runs; goes on after a stop"
 	@echo "make test   environment, lint, all tests"
 	@echo "make lint   ruff and mypy"
+	@echo "make slurm  installs Slurm by apt for tests/slurm, which are skipped without (root)"
 	@echo "make clean  removes the environment, packed data and runs"
 
 # The stamp is newer than requirements.txt once everything in it is installed.
@@ -34,6 +35,18 @@ lint: .venv/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# For tests/slurm/cluster.py: Slurm, its accounting, and what a snapshot of the code needs. A mirror may be out for a
+# moment: apt-get update gets a second try.
+SLURM_PACKAGES := slurm-wlm munge rsync git slurmdbd mariadb-server
+slurm:
+	@if dpkg -s $(SLURM_PACKAGES) >/dev/null 2>&1; then echo "Slurm is installed"; \
+	elif [ "$$(id -u)" != 0 ] || ! command -v apt-get >/dev/null; then \
+		echo "missing: Slurm. Get it, as root: apt-get install --no-install-recommends $(SLURM_PACKAGES)"; exit 1; \
+	else export DEBIAN_FRONTEND=noninteractive; \
+		(apt-get update -qq || { sleep 5; apt-get update -qq; }) && \
+		apt-get install -y -qq --no-install-recommends $(SLURM_PACKAGES); \
+	fi
 
 # These measure time or need both cores; the others share the cores, a file on each at a time.
 ALONE := $(wildcard tests/slurm tests/test_launcher.py tests/test_end_to_end.py tests/test_surviving.py tests/test_bench_*.py)

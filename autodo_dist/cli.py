@@ -12,6 +12,7 @@ from pydantic_core import PydanticUndefined
 from autodo_dist.commands import checkpoint, pack
 from autodo_dist.commands.doctor import doctor
 from autodo_dist.commands.evaluate import evaluate
+from autodo_dist.commands.goodput import goodput
 from autodo_dist.commands.plan import plan
 from autodo_dist.commands.prove import prove_resume
 from autodo_dist.commands.rows import rows
@@ -35,6 +36,7 @@ app.command()(doctor)
 app.command()(prove_resume)
 app.command()(rows)
 app.command()(split)
+app.command()(goodput)
 
 
 @app.command()

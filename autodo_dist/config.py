@@ -38,6 +38,7 @@ FREE_AT_RESUME = (
     "data.most_dropped",
     "train.accumulate",
     "train.log_every",
+    "train.hang_after",
     "train.on_nonfinite",
     "train.most_rollbacks",
     "engine",  # a checkpoint holds the same whatever trained it
@@ -355,6 +356,12 @@ class Train(Section):
     )
     log_every: int = Field(20, ge=1, description="steps between lines of metrics.jsonl")
     evaluate_every: int = Field(1, ge=1, description="epochs between evaluations; the last epoch is always evaluated")
+    hang_after: float = Field(
+        60.0,
+        gt=0,
+        description="seconds without progress, at least, until a rank counts as hung; more where its phase is slow (20 "
+        "times its median, 10 times this where it is not known yet)",
+    )
     on_nonfinite: Literal["stop", "rollback"] = Field(
         "stop",
         description="when the loss or the gradient of a batch is NaN or infinite. rollback: back to the newest "
@@ -444,9 +451,25 @@ class Launch(Section):
     executor: Literal["local", "slurm"] = Field("local", description="local: processes of this machine")
     nodes: int = Field(1, ge=1, description="machines")
     ranks_per_node: int = Field(1, ge=1, description="processes per machine: one per GPU")
+    max_restarts: int = Field(3, ge=0, description="restarts after a rank died, hung or failed, not by a user's error")
+    partition: str | None = Field(None, min_length=1, description="slurm: where the job queues; null: Slurm's default")
+    account: str | None = Field(None, min_length=1, description="slurm: who pays")
+    qos: str | None = Field(None, min_length=1, description="slurm: quality of service")
+    time: str = Field(
+        "1-00:00:00", description="slurm: limit of a job: minutes, 'hours:minutes:seconds' or 'days-hours:minutes'"
+    )
+    mem: str | None = Field(
+        None, min_length=1, description="slurm: main memory of a node, e.g. 200G; null: Slurm's default"
+    )
+    cpus_per_rank: int | None = Field(None, ge=1, description="slurm: null: data.threads + train.threads")
+    gpus_per_node: int | None = Field(
+        None, ge=0, description="slurm: null: as many as ranks, and none with train.device=cpu"
+    )
+    constraint: str | None = Field(None, min_length=1, description="slurm: features that nodes must have, e.g. a100")
+    exclude: str | None = Field(None, min_length=1, description="slurm: nodes that the job must not get")
+    setup: tuple[str, ...] = Field((), description="slurm: shell lines before the ranks start, e.g. [module load cuda]")
     slurm: dict[str, bool | int | str] = Field(
-        {},
-        description="further sbatch options, e.g. {partition: gpu, time: 720}; time in minutes, 1440 where not given",
+        {}, description="any other option of sbatch, e.g. {mail-type: END}; true for one without a value"
     )
 
 

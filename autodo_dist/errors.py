@@ -9,6 +9,10 @@ class AutodoError(Exception):
     """
 
 
+class OutageError(AutodoError):
+    """Another start may do better: a rank, a node or the network was not there. The launcher starts the run again."""
+
+
 class DecodeError(AutodoError):
     """A picture does not decode, or one of several; which one is not known then."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -14,16 +15,23 @@ from autodo_dist.parallel.comm import Ranks
 
 @torch.no_grad()
 def evaluate(
-    module: nn.Module, loader: Loader, classes: tuple[str, ...], dtype: torch.dtype, ranks: Ranks
+    module: nn.Module,
+    loader: Loader,
+    classes: tuple[str, ...],
+    dtype: torch.dtype,
+    ranks: Ranks,
+    before_batch: Callable[[], None] = lambda: None,
 ) -> dict[str, Any]:
     """Mean cross entropy (nats), top-1 accuracy (0 to 1), both over so many pictures, and accuracy per class.
 
-    None where there is no picture. Leaves the module in eval mode. Every rank must call this.
+    None where there is no picture. Leaves the module in eval mode. `before_batch` may break it off by an exception,
+    on every rank alike. Every rank must call this.
     """
     module.eval()
     counts_C2 = torch.zeros(len(classes), 2, dtype=torch.float64, device=ranks.device)  # hits, pictures
     loss = torch.zeros((), dtype=torch.float64, device=ranks.device)
     for batch in loader.batches(epoch=0):
+        before_batch()
         images_BCHW = batch.images_BCHW.to(dtype)
         if not len(batch):  # a forward is a collective where weights are cut over ranks
             module(images_BCHW.new_zeros(1, *images_BCHW.shape[1:]))

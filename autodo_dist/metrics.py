@@ -17,6 +17,7 @@ from rich.console import Console
 from rich.logging import RichHandler
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from autodo_dist import heartbeat
 from autodo_dist.files import write_text
 from autodo_dist.thread_name import show
 
@@ -52,9 +53,6 @@ class MetricsFile:
         self._file.close()
 
 
-START = ("imports", "rendezvous", "build", "restore")  # the phases of a start, in their order
-
-
 class Clock:
     """Seconds spent in each phase of a run: those of START, data, task, hyper, evaluation, save.
 
@@ -87,7 +85,9 @@ class Clock:
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
         """Count the time of the block to phase `name`."""
-        show(name, self.steps())
+        steps = self.steps()
+        show(name, steps)
+        heartbeat.beat(name, steps)
         start = time.perf_counter()
         try:
             yield

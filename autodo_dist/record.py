@@ -53,13 +53,18 @@ def write_line(run: Run, interval: Interval, last: bool) -> None:
 
 
 def evaluate_parts(run: Run) -> None:
-    """Evaluate on validation and test; note it in metrics and progress. Every rank must call this."""
+    """Evaluate on validation and test after an epoch's last step; note it in metrics and progress.
+
+    Stopped if a rank was asked to: nothing is noted then. Every rank must call this.
+    """
     progress, parts = run.progress, run.parts
-    row: dict[str, Any] = {"kind": "evaluation", "step": progress.step, "epoch": progress.epoch}
+    row: dict[str, Any] = {"kind": "evaluation", "step": progress.step, "epoch": progress.epoch + 1}
     with run.clock.phase("evaluation"):
         parts.share_buffers()
         for name, loader in (("validation", parts.loaders.validation), ("test", parts.loaders.test)):
-            found = evaluate(parts.evaluated, loader, parts.manifest.classes, parts.dtype, run.ranks)
+            found = evaluate(
+                parts.evaluated, loader, parts.manifest.classes, parts.dtype, run.ranks, run.before_evaluated
+            )
             row |= {f"{name}_{key}": value for key, value in found.items()}
     note_dropped(run)
     progress.last = row
@@ -72,7 +77,7 @@ def evaluate_parts(run: Run) -> None:
         run.metrics.write(row)
         log.info(
             "epoch %d of %d: accuracy on validation %s, on test %s",
-            progress.epoch,
+            progress.epoch + 1,
             run.config.train.epochs,
             percent(validation),
             percent(row["test_accuracy"]),

@@ -6,11 +6,13 @@ from dataclasses import dataclass
 
 import torch
 
+from autodo_dist import heartbeat, stop
 from autodo_dist.build import Parts
 from autodo_dist.config import Config
 from autodo_dist.data.loader import Batch
 from autodo_dist.metrics import Clock, MetricsFile, ProgressBar
 from autodo_dist.nonfinite import Watch
+from autodo_dist.parallel.agreement import Agreement
 from autodo_dist.parallel.checkpoint_save import Saver
 from autodo_dist.parallel.comm import Ranks
 from autodo_dist.progress import Progress
@@ -33,6 +35,7 @@ class Run:
     watch: Watch
     lock: Lock
     saver: Saver
+    agreement: Agreement
 
     def __post_init__(self) -> None:
         self.clock.steps = lambda: self.progress.step
@@ -41,6 +44,16 @@ class Run:
     def steps_done(self) -> int:
         """The schedule's time: steps up to here of one pass an epoch, whether all were made or not."""
         return self.progress.epoch * self.parts.loaders.task.steps + self.progress.position
+
+    def stop_if_asked(self) -> None:
+        """Stopped on all ranks alike, soon after any of them was asked to stop. Every rank must call this."""
+        if self.agreement.ask(stop.asked()):
+            raise stop.Stopped
+
+    def before_evaluated(self) -> None:
+        """Between the batches of an evaluation: a sign of life, and `stop_if_asked`. Every rank must call this."""
+        heartbeat.beat("evaluation", self.progress.step)
+        self.stop_if_asked()
 
     def note(self, batch: Batch, trained: Trained) -> None:
         """Add a step that was just made on `batch` to the sums, and have it watched."""

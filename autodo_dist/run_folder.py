@@ -6,6 +6,7 @@ runs/NAME/
   metrics.jsonl       a line every train.log_every steps and every evaluation
   checkpoints/        see parallel/checkpoint.py
   logs/               plain lines, a file a rank
+  slurm.json          under Slurm: the last job; its script and ranks' output are in submitit/, its code in code-…/
   lock.1.json         while a run is under way: who holds the folder, see run_lock.py
   nonfinite.jsonl     with train.on_nonfinite=rollback: batches that were left out, see nonfinite.py
   dropped.csv         with data.on_error=skip: pictures that do not decode

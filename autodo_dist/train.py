@@ -13,33 +13,37 @@ import psutil
 import torch
 from rich.console import Console
 
-from autodo_dist import engine_settings, nonfinite, run_folder, run_lock
+from autodo_dist import engine_settings, heartbeat, ledger, nonfinite, run_folder, run_lock
 from autodo_dist.build import Parts, build, check_device, choose_device
 from autodo_dist.build_data import read_data
 from autodo_dist.config import Config
 from autodo_dist.data.loader import Batch, Loader, endless
 from autodo_dist.data.manifest import Manifest
 from autodo_dist.errors import AutodoError
-from autodo_dist.metrics import START, Clock, Interval, MetricsFile, ProgressBar, console
+from autodo_dist.ledger import START
+from autodo_dist.metrics import Clock, Interval, MetricsFile, ProgressBar, console
 from autodo_dist.nonfinite import Fault, NotFinite, Watch
 from autodo_dist.optimizers import optimizer_class
 from autodo_dist.parallel import checkpoint, comm
+from autodo_dist.parallel.agreement import Agreement
 from autodo_dist.parallel.checkpoint_save import Saver
 from autodo_dist.parallel.comm import Ranks
-from autodo_dist.progress import resume, tensors
+from autodo_dist.progress import Progress, resume, tensors
 from autodo_dist.record import evaluate_parts, summarise, write_line
 from autodo_dist.run import Run
 from autodo_dist.run_lock import Lock
 from autodo_dist.steps import hyper_step, renew_validation, shared_step, task_step
+from autodo_dist.stop import Stopped
 
 log = logging.getLogger(__name__)
 
 
-def train(config: Config) -> None:
+def train(config: Config) -> bool:
     """Train to the end of `config`, from the newest complete checkpoint of its run folder. Every rank must call this.
 
-    A finished run says so and changes nothing. AutodoError for whatever the user can mend, also where another run is
-    under way in the folder.
+    False if a rank was asked to stop (stop.py): all ranks have then saved the same step, and the same call goes on from
+    it. A finished run says so and changes nothing. AutodoError for whatever the user can mend, also where another run
+    is under way in the folder.
     """
     clock = Clock(psutil.Process().create_time())
     clock.lap("imports")
@@ -53,7 +57,7 @@ def train(config: Config) -> None:
     if run_folder.finished(config.folder):
         if place.rank == 0:
             print(f"run {config.folder} is finished, see its summary.json; another run.name starts another run")
-        return
+        return True
     torch.set_num_threads(config.train.threads)
     repeatable(config.train.deterministic)
     run_folder.make(config.folder)
@@ -63,9 +67,10 @@ def train(config: Config) -> None:
         run_lock.held(config.folder, config.launch.executor == "slurm", ranks) as lock,
     ):
         clock.lap("rendezvous")
-        while fault := attempt(config, manifest, ranks, lock, screen, clock):
-            leave_out(config, fault, ranks)
+        while isinstance(ended := attempt(config, manifest, ranks, lock, screen, clock), Fault):
+            leave_out(config, ended, ranks)
             clock = Clock(time.time())
+    return ended is None
 
 
 def repeatable(wanted: bool) -> None:
@@ -80,11 +85,13 @@ def repeatable(wanted: bool) -> None:
 
 def attempt(
     config: Config, manifest: Manifest, ranks: Ranks, lock: Lock, screen: Console | None, clock: Clock
-) -> Fault | None:
+) -> Fault | Stopped | None:
     """Train from the newest complete checkpoint on, in whatever state this process is.
 
-    None at the end of the run, or the batch whose loss or gradient was not finite. Every rank must call this.
+    None at the end of the run, Stopped where it was asked to stop and has saved, or the batch whose loss or gradient
+    was not finite. Every rank must call this.
     """
+    heartbeat.pause("start")
     parts = build(config, manifest, ranks)
     clock.lap("build")
     progress, sums = resume(config, parts, ranks)
@@ -92,6 +99,7 @@ def attempt(
     clock.lap("restore")
     parts_of_start = [f"{phase} {clock.seconds[phase]:.1f} s" for phase in START if phase in clock.seconds]
     log.info("started: %s", ", ".join(parts_of_start))
+    note_start(config, progress, clock, ranks)
     clock.carry(progress.seconds)
     metrics = MetricsFile(config.folder / "metrics.jsonl", progress.lines) if ranks.main else None
     watch = Watch(parts.engine.norm, ranks)
@@ -101,10 +109,61 @@ def attempt(
         Saver(config.folder / "checkpoints", ranks) as saver,
         ProgressBar(screen, total_steps(config, parts), progress.step) as bar,
     ):
+        agreement = Agreement(ranks)
+        run = Run(config, ranks, parts, progress, sums, clock, metrics, bar, watch, lock, saver, agreement)
         try:
-            loop(Run(config, ranks, parts, progress, sums, clock, metrics, bar, watch, lock, saver))
+            ended = to_the_end(run)
         except NotFinite as found:
             return found.fault
+        finally:
+            heartbeat.rest()  # a save may still be going on, and peers be gone
+        agreement.settle()
+    note_end(run, ended)
+    return ended
+
+
+def note_start(config: Config, progress: Progress, clock: Clock, ranks: Ranks) -> None:
+    """Add a start to the run's ledger, with the steps that it does again; done by rank 0."""
+    if not ranks.main:
+        return
+    metrics = config.folder / "metrics.jsonl"
+    now, begun = time.time(), psutil.Process().create_time()
+    lost_steps, lost_seconds = ledger.lost(metrics, progress.step)
+    start = {
+        "attempt": ledger.attempt(),
+        "begun": begun,
+        "time": now,
+        "silent_since": metrics.stat().st_mtime if metrics.is_file() else begun,
+        "step": progress.step,
+        "ranks": ranks.ranks,
+        "seconds": {phase: seconds for phase, seconds in clock.seconds.items() if phase in START},
+        "kept": progress.seconds,
+        "lost_steps": lost_steps,
+        "lost_seconds": lost_seconds,
+    }
+    ledger.add(config.folder, {"event": "start"} | start)
+
+
+def note_end(run: Run, ended: Stopped | None) -> None:
+    """Add the end that the run came to by itself to its ledger; done by rank 0."""
+    if not run.ranks.main:
+        return
+    cause, step = "finished" if ended is None else "stopped", run.progress.step
+    why = "" if ended is None else f"asked to; saved at step {step}"
+    end = {"attempt": ledger.attempt(), "time": time.time(), "cause": cause, "why": why, "at": "", "step": step}
+    ledger.add(run.config.folder, {"event": "end"} | end | {"seconds": run.clock.seconds})
+    if ended is not None:
+        log.info("stopped as asked, step %d is saved; the same command goes on from it", step)
+
+
+def to_the_end(run: Run) -> Stopped | None:
+    """The whole loop; where a rank is asked to stop on the way, save this step instead of the rest, and say so."""
+    try:
+        loop(run)
+    except Stopped as stopped:
+        save(run)
+        finish_saving(run)
+        return stopped
     return None
 
 
@@ -135,9 +194,9 @@ def loop(run: Run) -> None:
                 hyper_pass(run)
             progress.pass_, progress.position = "task", 0
         shared_pass(run) if learning(run, "shared") else task_pass(run)
+        if (progress.epoch + 1) % run.config.train.evaluate_every == 0 or progress.epoch + 1 == epochs:
+            evaluate_parts(run)  # a stop on the way saves the epoch's last step, and a resume begins here
         progress.epoch, progress.pass_, progress.position = progress.epoch + 1, "hyper", 0
-        if progress.epoch % run.config.train.evaluate_every == 0 or progress.epoch == epochs:
-            evaluate_parts(run)
         save(run)
     finish_saving(run)
     summarise(run)
@@ -219,7 +278,10 @@ def with_validation(run: Run, loader: Loader) -> Iterator[tuple[Batch | None, Ba
 
 
 def after_step(run: Run, interval: Interval, steps: int, made: bool = True) -> None:
-    """Count a step of the present pass, which has `steps`; write a line of metrics or save where one is due."""
+    """Count a step of the present pass, which has `steps`; write a line of metrics or save where one is due.
+
+    Stopped if a rank was asked to. Every rank must call this.
+    """
     progress, config = run.progress, run.config
     progress.step, progress.position = progress.step + 1, progress.position + 1
     interval.steps += made
@@ -228,6 +290,7 @@ def after_step(run: Run, interval: Interval, steps: int, made: bool = True) -> N
         run.watch.look()
         write_line(run, interval, last=progress.position == steps)
         interval.restart()
+    run.stop_if_asked()
     # The end of an epoch is saved after its evaluation.
     every = config.checkpoint.every_steps
     if every and progress.step % every == 0 and not (progress.pass_ == "task" and progress.position == steps):

@@ -41,6 +41,7 @@ from benchmarks.runs import CONFIG, write_rows
 SMALL = (
     *("data.image_size=16", "data.crop_padding=1", "train.batch_size=32", "train.epochs=2", "train.steps_per_pass=8"),
     *("optim.warmup_epochs=1", "hyper.start_epoch=1", "hyper.terms=5", "train.log_every=4", "checkpoint.every_steps=3"),
+    "launch.max_restarts=0",  # it is started again by hand
 )
 PHASES: tuple[Phase, ...] = ("start", "task", "hyper", "save", "evaluation")  # in turn
 LIMIT_S = 300.0  # that a start may take

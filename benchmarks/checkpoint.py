@@ -30,8 +30,8 @@ import numpy as np
 import torch
 import typer
 
+from autodo_dist.ledger import START
 from autodo_dist.method.rmsprop import Rmsprop
-from autodo_dist.metrics import START
 from autodo_dist.parallel import comm
 from autodo_dist.parallel.checkpoint_save import Saver, size
 from autodo_dist.parallel.comm import Place

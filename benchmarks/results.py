@@ -19,7 +19,7 @@ from typing import Annotated, Any
 import typer
 
 from autodo_dist.errors import AutodoError
-from autodo_dist.metrics import START
+from autodo_dist.ledger import START
 from benchmarks.runs import run_all, summary, write_rows
 
 DISTORTIONS = ((10, 0.1), (1, 0.4))  # imbalance ratio, label noise

@@ -100,6 +100,8 @@ def begin(command: Sequence[str], environment: dict[str, str], log: Path | None)
         sys.stdout.flush()
         os._exit(0)
     except SystemExit as ending:
+        if ending.code == 0:  # it was asked to stop
+            os._exit(0)
         print(ending.code, file=sys.stderr, flush=True)
     except BaseException:
         traceback.print_exc()

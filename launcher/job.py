@@ -1,41 +1,31 @@
 """What every rank runs, the same under Slurm's srun and on this machine: settings -> train(config).
 
-A rank that fails leaves RUN/errors/rank-00002.json before it ends. Its peers soon fail too, with no more than
-"connection closed", so the record with the earliest time holds the cause.
+A rank that fails leaves a record before it ends (failures.py). A rank that is asked to stop saves with all the
+others and ends with 0 (autodo_dist/stop.py); before there is a handler it dies, with nothing to lose.
 """
 
 from __future__ import annotations
 
 import contextlib
 import faulthandler
-import json
 import os
-import socket
+import signal
 import sys
-import time
 import traceback
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NoReturn
+from typing import Any, NoReturn
 
+from autodo_dist import heartbeat, stop
+from autodo_dist.config import Config
 from autodo_dist.errors import AutodoError
-from autodo_dist.files import write_json
 from autodo_dist.load_config import check_config, load_config
 from autodo_dist.thread_name import show
+from launcher import warden
+from launcher.failures import kind_of, record
+from launcher.verdict import check_start
 
 _LONGEST_MESSAGE = 500  # characters; torch's errors can fill pages, and the traceback keeps them whole
-
-
-@dataclass(frozen=True)
-class Failure:
-    """Why a rank ended: seconds since 1970, who, "user" for an AutodoError, one line, and the whole traceback."""
-
-    time: float
-    rank: int
-    host: str
-    kind: Literal["user", "bug"]
-    message: str
-    traceback: str
 
 
 @dataclass(frozen=True)
@@ -45,18 +35,36 @@ class Job:
     settings: dict[str, Any]
 
     def __call__(self) -> None:
-        """Train as this process's environment says (SLURM_PROCID and so on); a failure ends the process."""
+        """Train as this process's environment says (SLURM_PROCID and so on); a failure ends the process.
+
+        SystemExit of status 0 where it was asked to stop: submitit writes no result then.
+        """
         show("start")
+        stop.listen()
         faulthandler.enable()  # a segmentation fault leaves its stack in the rank's log
+        faulthandler.register(signal.SIGUSR1, all_threads=True)  # as does the warden's question
         config = check_config(self.settings, "of the job")
         try:
+            guard(config)
             from autodo_dist.train import train  # here, as it imports torch, and so that its failure is recorded too
 
-            train(config)
+            finished = train(config)
         except (KeyboardInterrupt, SystemExit):
             raise
         except BaseException as error:  # torch.distributed.checkpoint's CheckpointException is no Exception
             fail(error, config.folder)
+        finally:
+            heartbeat.pause(heartbeat.OVER)
+        if not finished:
+            raise SystemExit(0)
+
+
+def guard(config: Config) -> None:
+    """Have a process watch this rank; rank 0 also looks whether the job may go on."""
+    rank, ranks = int(os.environ.get("SLURM_PROCID", "0")), int(os.environ.get("SLURM_NTASKS", "1"))
+    warden.guard(heartbeat.start(config.train.hang_after), config.folder, rank, ranks)
+    if rank == 0 and config.launch.executor == "slurm":
+        check_start(config.folder, config.launch.max_restarts)
 
 
 def fail(error: BaseException, folder: Path) -> NoReturn:
@@ -66,19 +74,12 @@ def fail(error: BaseException, folder: Path) -> NoReturn:
     """
     user = isinstance(error, AutodoError)
     message = " ".join((str(error) if user else f"{type(error).__name__}: {error}").split())
-    failure = Failure(
-        time=time.time(),
-        rank=int(os.environ.get("SLURM_PROCID", "0")),
-        host=socket.gethostname(),
-        kind="user" if user else "bug",
-        message=message if user else message[:_LONGEST_MESSAGE],
-        traceback="".join(traceback.format_exception(type(error), error, error.__traceback__)),
-    )
+    lines = "".join(traceback.format_exception(type(error), error, error.__traceback__))
     try:
         with contextlib.suppress(OSError):  # stderr may be closed
             # Before the record: the launcher takes a recorded user's error of rank 0 as already on the terminal.
-            print(f"error: {message}\n" if user else failure.traceback, end="", file=sys.stderr, flush=True)
-        _write(failure, folder / "errors")
+            print(f"error: {message}\n" if user else lines, end="", file=sys.stderr, flush=True)
+        record(folder, kind_of(error), message if user else message[:_LONGEST_MESSAGE], heartbeat.here(), lines)
         sys.stdout.flush()
     except OSError as unwritten:
         print(f"error: this rank's failure is not recorded in {folder / 'errors'}: {unwritten}", file=sys.stderr)
@@ -86,27 +87,10 @@ def fail(error: BaseException, folder: Path) -> NoReturn:
         os._exit(1)
 
 
-def _write(failure: Failure, errors: Path) -> None:
-    errors.mkdir(parents=True, exist_ok=True)
-    write_json(errors / f"rank-{failure.rank:05d}.json", asdict(failure))
-
-
-def read_failures(folder: Path) -> list[Failure]:
-    """The failures recorded below a run's folder, earliest first."""
-    records = [json.loads(path.read_text()) for path in (folder / "errors").glob("rank-*.json")]
-    return sorted((Failure(**record) for record in records), key=lambda failure: failure.time)
-
-
-def clear_failures(folder: Path) -> None:
-    """Remove what an earlier attempt of the run recorded."""
-    for path in (folder / "errors").glob("rank-*.json"):
-        path.unlink()
-
-
 def main() -> None:
-    """`python -m launcher.job FILE.yaml`: run one rank with the settings of FILE."""
+    """`python -m launcher.job FILE.yaml [KEY=VALUE]…`: run one rank with the settings of FILE, and those over them."""
     try:
-        config = load_config(Path(sys.argv[1]))
+        config = load_config(Path(sys.argv[1]), sys.argv[2:])
     except AutodoError as error:
         sys.exit(f"error: {error}")
     Job(config.model_dump(mode="json"))()

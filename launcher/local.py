@@ -1,4 +1,5 @@
-"""Starts the ranks of a run as processes of this machine, ends them together and says which one failed first.
+"""Starts the ranks of a run as processes of this machine, ends them together, says which one failed first, and starts
+them again where that is right (verdict.py).
 
 Every rank gets the environment that srun would give it, plus MASTER_ADDR and MASTER_PORT. Rank 0 writes to the
 terminal, so that its progress bar shows; rank 1 writes to RUN/logs/rank-00001.out, and so on.
@@ -8,60 +9,132 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import itertools
 import os
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
+from autodo_dist import ledger
 from autodo_dist.ports import free_port
-from launcher.job import clear_failures, read_failures
+from launcher.failures import Kind, clear_failures, read_failures
+from launcher.verdict import note_failure, refusal
 
 _POLL_S = 0.05
 _GRACE_S = 2.0  # from SIGTERM to SIGKILL, and then until a process that the kernel does not let go is left alone
+_SAVE_S = 90.0  # from a request to stop until ranks that are still there are ended, saved or not: as Slurm gives
+_STOPPED = 75  # exit status of a run that was asked to stop by other means than the launcher (sysexits.h: try again)
 _PR_SET_PDEATHSIG = 1
 
 Process = subprocess.Popen[bytes]
 Codes = dict[int, int]  # rank -> exit status, or minus the number of the signal that ended it
 
 
-def launch(command: Sequence[str], folder: Path, nodes: int, ranks_per_node: int) -> int:
+@dataclass(frozen=True)
+class Cause:
+    """Why a run failed: in a line (empty: rank 0 has said it), of what kind, and where in the run: `task:12`."""
+
+    text: str
+    kind: Kind
+    at: str
+
+
+def launch(command: Sequence[str], folder: Path, nodes: int, ranks_per_node: int, max_restarts: int = 0) -> int:
     """Run `command` as nodes × ranks_per_node ranks; the exit status of the launcher.
 
-    0: every rank ended with 0. 1: a rank failed; the others are gone within five seconds and the cause is on stderr.
-    130 or 143: Ctrl-C or SIGTERM came and all ranks are gone. Should the launcher itself be killed, the kernel ends the
-    ranks. Call it from the main thread: it handles signals, and ranks die with the thread that started them.
+    0: every rank ended with 0. 1: a rank failed, and the run was not or no more to be started again; the others are
+    gone within five seconds and the cause is on stderr. 128 + its number: a signal came, and all ranks are gone, after
+    a save where they were training; a second signal ends them at once. 75: they stopped after a save by other means.
+    Should the launcher itself be killed, the kernel ends the ranks. Call it from the main thread: it handles signals,
+    and ranks die with the thread that started them.
     """
-    clear_failures(folder)
     (folder / "logs").mkdir(parents=True, exist_ok=True)
-    shared = os.environ | _shared_environment(nodes, nodes * ranks_per_node, free_port())
+    with _signals() as came:
+        for attempt in itertools.count():
+            clear_failures(folder)
+            cause = _attempt(command, folder, nodes, ranks_per_node, attempt, came)
+            if came:
+                return 128 + came[0]
+            if cause is None:
+                return _STOPPED if _stopped(folder, attempt) else 0
+            if not _again(folder, cause, attempt, max_restarts):
+                return 1
+    raise AssertionError
+
+
+def _again(folder: Path, cause: Cause, attempt: int, most: int) -> bool:
+    """Note and say why an attempt failed, and whether it is started again."""
+    text = cause.text or "rank 0 failed, see its output"
+    failed = note_failure(folder, f"{os.getpid()}/{attempt}", text, cause.kind, cause.at)
+    reason = refusal(failed, most)
+    if cause.text:
+        print(f"error: {cause.text}", file=sys.stderr)
+    if not reason:
+        print(f"starting again ({len(failed)} of at most {most})", file=sys.stderr, flush=True)
+    elif most and cause.kind != "user":
+        print(f"error: not started again: {reason}; the same command goes on", file=sys.stderr)
+    return not reason
+
+
+@contextlib.contextmanager
+def _signals() -> Iterator[list[int]]:
+    """The signals that come during the block, instead of what they would do."""
     came: list[int] = []
     handlers = {
         number: signal.signal(number, lambda number, _: came.append(number))
-        for number in (signal.SIGINT, signal.SIGTERM)
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2)
     }
-    processes: list[Process] = []
     try:
-        for rank in range(nodes * ranks_per_node):
+        yield came
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
+def _attempt(
+    command: Sequence[str], folder: Path, nodes: int, ranks_per_node: int, attempt: int, came: Sequence[int]
+) -> Cause | None:
+    """Start all ranks and wait for their end. None: all ended with 0, or a signal came."""
+    ranks = nodes * ranks_per_node
+    shared = os.environ | _shared_environment(nodes, ranks, free_port()) | {"SLURM_RESTART_COUNT": str(attempt)}
+    processes: list[Process] = []
+    shown: list[str] = []
+    try:
+        for rank in range(ranks):
             node, local = divmod(rank, ranks_per_node)
             own = {"SLURM_PROCID": str(rank), "SLURM_LOCALID": str(local), "SLURM_NODEID": str(node)}
             processes.append(_start(command, shared | own, None if rank == 0 else _log(folder, rank)))
         first = _watch(processes, came)
+        if came:
+            _let_save(processes, came)
+        shown = [_shown(process) for process in processes]
     finally:
         codes = _end(processes)
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
     if not came and not any(first.values()):
-        return 0
+        return None
     _restore_terminal()
     if came:
-        print(f"stopped by {signal.Signals(came[0]).name}; all ranks have ended", file=sys.stderr)
-        return 128 + came[0]
-    if cause := _cause(first, codes, folder):
-        print(f"error: {cause}", file=sys.stderr)
-    return 1
+        how = "saved, the same command goes on" if _stopped(folder, attempt) else "all ranks have ended"
+        print(f"stopped by {signal.Signals(came[0]).name}; {how}", file=sys.stderr)
+        return None
+    return _cause(first, codes, folder, shown, f"{os.getpid()}/{attempt}")
+
+
+def _stopped(folder: Path, attempt: int) -> bool:
+    """Whether the ranks have stopped after a save, as they were asked to."""
+    end = ledger.ended(ledger.read(folder), f"{os.getpid()}/{attempt}")
+    return end is not None and end["cause"] == "stopped"
+
+
+def _shown(process: Process) -> str:
+    """What a rank shows of its phase, e.g. `task:1200`; empty if it does not."""
+    with contextlib.suppress(OSError):
+        return Path(f"/proc/{process.pid}/comm").read_text().strip()
+    return ""
 
 
 def _shared_environment(nodes: int, ranks: int, port: int) -> dict[str, str]:
@@ -122,6 +195,18 @@ def _watch(processes: Sequence[Process], came: Sequence[int]) -> Codes:
         time.sleep(_POLL_S)
 
 
+def _let_save(processes: Sequence[Process], came: Sequence[int]) -> None:
+    """Ask the ranks to stop, and wait for their end: not after one has failed, nor after a second signal."""
+    for process in processes:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(process.pid, signal.SIGTERM)  # not what a rank has started: it may need that for its save
+    deadline = time.monotonic() + _SAVE_S
+    while len(codes := _codes(processes)) < len(processes) and not any(codes.values()):
+        if len(came) > 1 or time.monotonic() > deadline:
+            return
+        time.sleep(_POLL_S)
+
+
 def _end(processes: Sequence[Process]) -> Codes:
     """End all ranks with everything that they started; the codes as they were before SIGKILL.
 
@@ -160,29 +245,37 @@ def _codes(processes: Sequence[Process]) -> Codes:
     return codes
 
 
-def _cause(first: Codes, codes: Codes, folder: Path) -> str:
-    """Why the run ended, in one line with the place of the log; empty if rank 0 has said just that on the terminal.
+def _cause(first: Codes, codes: Codes, folder: Path, shown: Sequence[str], attempt: str) -> Cause:
+    """Why the run ended, in one line with the place of the log; without it if rank 0 has said just that.
 
-    `first` are the codes before we sent any signal, `codes` those before we sent SIGKILL. A rank that a signal from
-    elsewhere ended leaves no record while its peers may, and it can close its connections long before it counts as
-    ended: so it comes first, and SIGKILL counts in both. Then the records, by time; then the bare exit status.
+    `first` are the codes before we sent any signal, `codes` those before we sent SIGKILL, `shown` what ranks showed.
+    What a warden found comes first: it kills the rank that hangs. A rank that a signal from elsewhere ended leaves no
+    record while its peers may, and it can close its connections long before it counts as ended: so it comes next, and
+    SIGKILL counts in both. Then the records; then the bare exit status.
     """
+    failures = read_failures(folder, attempt)
+    where = dict(enumerate(shown)) | {it.rank: it.at for it in failures}
+    failures = [it for it in failures if it.kind != "death"]  # of which the exit status says more
+    hung = [it for it in failures if it.kind == "hang"]
     killed = [rank for rank, code in first.items() if code < 0]
     killed += [rank for rank, code in codes.items() if code == -signal.SIGKILL]
-    if killed:
+    kind: Kind = "bug"
+    if killed and not hung:
         rank = killed[0]
-        number = -codes[rank]
+        number, at = -codes[rank], where[rank]
         hint = "; unless somebody did that, memory ran out (dmesg tells): lower train.batch_size, data.threads or ranks"
         what = f"was killed by signal {number} ({_name(number)}){hint if number == signal.SIGKILL else ''}"
-    elif failures := read_failures(folder):
-        rank, what = failures[0].rank, failures[0].message
-        if any((it.rank, it.kind, it.message) == (0, "user", what) for it in failures):
-            return ""
-        what = f"failed: {what}"
+    elif failures:
+        cause = failures[0]
+        rank, kind, at, what = cause.rank, cause.kind, cause.at, cause.message
+        if any((it.rank, it.message) == (0, what) and it.kind in ("user", "outage") for it in failures):
+            return Cause("", kind, at)
+        what = what if kind == "hang" else f"failed: {what}"
     else:
         rank, code = next((rank, code) for rank, code in first.items() if code)
-        what = f"exited with status {code}"
-    return f"rank {rank} {what}; its output is " + ("above" if rank == 0 else f"in {_log(folder, rank)}")
+        at, what = where[rank], f"exited with status {code}"
+    log = "above" if rank == 0 else f"in {_log(folder, rank)}"
+    return Cause(f"rank {rank} {what}; its output is {log}", kind, at)
 
 
 def _name(number: int) -> str:

@@ -10,19 +10,12 @@ from autodo_dist.config import Config, differences, settings
 from autodo_dist.errors import AutodoError
 from autodo_dist.load_config import check_config, load_config
 
-CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("**/*.yaml"))
-
 
 @pytest.fixture
 def file(tmp_path: Path) -> Path:
     path = tmp_path / "some.yaml"
     path.write_text("data: {root: somewhere}\ntrain: {epochs: 7}\n")
     return path
-
-
-@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
-def test_every_config_of_the_repository_loads(path: Path) -> None:
-    assert load_config(path).run.name == path.stem
 
 
 def test_overrides_lie_over_the_file_and_defaults_below(file: Path) -> None:

@@ -16,7 +16,7 @@ import psutil
 import pytest
 from test_train import assert_equal_states, lines, weights
 
-from autodo_dist.metrics import START
+from autodo_dist.ledger import START
 
 ROOT = Path(__file__).parent.parent
 
@@ -37,7 +37,14 @@ def words(digits: Path, tmp_path: Path) -> list[str]:
         "train.batch_size=45",
         "train.log_every=3",
     ]
-    return [*short, f"data.root={digits}", f"run.root={tmp_path}", "checkpoint.every_steps=3", "checkpoint.keep=9"]
+    return [
+        *short,
+        f"data.root={digits}",
+        f"run.root={tmp_path}",
+        "checkpoint.every_steps=3",
+        "checkpoint.keep=9",
+        "launch.max_restarts=0",
+    ]
 
 
 def test_two_ranks_from_submit_to_evaluate(words: list[str], tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import shutil
 import signal
 import socket
 import subprocess
@@ -18,7 +19,7 @@ import yaml
 
 from autodo_dist.errors import AutodoError
 from autodo_dist.ports import PORTS, free_port
-from launcher import slurm
+from launcher import follow, slurm
 
 SUBMIT = Path(__file__).parents[1] / "launcher" / "submit.py"
 ALL_GONE_S = 5.0  # the requirement: from a rank's failure to the end of all others
@@ -293,19 +294,26 @@ def submit(tmp_path: Path):
     return submit
 
 
+# A snapshot of the code is taken by the machine's own.
+PROGRAMS = {name: f'exec {shutil.which(name)} "$@"' for name in ("git", "rsync", "grep", "cut")}
+needs_programs = pytest.mark.skipif("None" in "".join(PROGRAMS.values()), reason="make slurm installs git and rsync")
 Submit = Callable[..., "subprocess.CompletedProcess[str]"]
 
 
-@pytest.mark.parametrize(("executor", "expected"), [("local", "-m launcher.job runs/small/"), ("slurm", "time: 1440")])
+@pytest.mark.parametrize(
+    ("executor", "expected"), [("local", "-m launcher.job runs/small/"), ("slurm", "#SBATCH --time=1440\n")]
+)
 def test_dry_run_prints_everything_and_writes_nothing(submit: Submit, tmp_path: Path, executor: str, expected: str):
     done = submit(
         "--dry-run", "--nodes", "2", "--ranks-per-node=3", "--executor", executor, "--fork", "a@12", "train.epochs=7"
     )
     assert (done.returncode, done.stderr) == (0, "")
-    settings = yaml.safe_load(done.stdout)
+    comment = done.stdout.partition("# not submitted")[2].partition("\n")[2].replace("#   ", "")
+    settings = yaml.safe_load(comment or done.stdout)
     assert settings["train"]["epochs"] == 7
     assert settings["run"]["fork"] == "a@12"
-    assert settings["launch"] == {"executor": executor, "nodes": 2, "ranks_per_node": 3, "slurm": {}}
+    shape = {"executor": executor, "nodes": 2, "ranks_per_node": 3}
+    assert settings["launch"].items() >= shape.items()
     assert "6 ranks" in done.stdout
     assert expected in done.stdout
     assert list((tmp_path / "work").iterdir()) == []
@@ -320,7 +328,8 @@ def test_dry_run_prints_everything_and_writes_nothing(submit: Submit, tmp_path: 
         (["--ranks-per-node", "3", "train.batch_size=2"], "smaller than the 3 ranks"),
         (["--executor", "slurm"], "--executor local"),
         (["--executor", "slurm", "launch.slurm.ntasks=8"], "set launch.nodes and launch.ranks_per_node instead"),
-        (["--executor", "slurm", "launch.slurm.time=long"], "launch.slurm.time"),
+        (["--executor", "slurm", "--slurm", "time=9"], "set launch.time instead"),
+        (["--executor", "slurm", "--time", "long"], "launch.time = 'long'"),
         (["run.root=/proc"], "cannot be written"),
     ],
 )
@@ -342,27 +351,44 @@ def test_error_inside_the_job_is_one_line_and_recorded(submit: Submit, tmp_path:
     assert (record["kind"], f"error: {record['message']}\n") == ("user", done.stderr)
 
 
+@needs_programs
 def test_slurm_job_is_submitted_as_a_script_and_a_pickle(submit: Submit, tmp_path: Path):
     """Stand-ins for sbatch and srun; a real cluster is another test's matter."""
-    words = ["--executor", "slurm", "--nodes", "2", "launch.slurm={partition: gpu, cpus-per-task: 4, time: '1:30:00'}"]
-    done = submit(*words, sbatch="echo Submitted batch job 7", srun="")
+    words = ["--executor=slurm", "--nodes=2", "--partition=gpu", "--cpus-per-rank=4", "--time=1:30:00"]
+    words += ["--slurm", "mail-type=END", "--setup", "module load cuda"]
+    done = submit(*words, **PROGRAMS, sbatch="echo Submitted batch job 7", srun="", scontrol="exit 1")
     assert (done.returncode, done.stderr) == (0, "")
     logs = tmp_path / "work/runs/small/submitit"
     for said in ("Slurm job 7", "1.5 h", "runs/small", f"tail -F {logs}/7_0_log.out", "scancel 7"):
         assert said in done.stdout
     script = (logs / "7_submission.sh").read_text()
-    for option in ("nodes=2", "ntasks-per-node=1", "partition=gpu", "cpus-per-task=4", "time=90", "job-name=small"):
+    for option in (
+        "nodes=2",
+        "ntasks-per-node=1",
+        "partition=gpu",
+        "cpus-per-task=4",
+        "time=90",
+        "mail-type=END",
+        "requeue",
+    ):
         assert f"#SBATCH --{option}\n" in script
     assert "--kill-on-bad-exit=1 --cpus-per-task=4" in script
+    assert script.index("\nmodule load cuda\n") < script.index("\ntrap ")
     job = pickle.loads((logs / "7_submitted.pkl").read_bytes()).function
     assert type(job).__name__ == "Job"
     assert job.settings["data"]["root"] == "nowhere"
 
 
+@needs_programs
 def test_refusal_of_sbatch_is_one_line(submit: Submit):
-    done = submit("--executor=slurm", sbatch="echo 'sbatch: error: invalid partition' >&2; exit 1", srun="")
+    programs = PROGRAMS | {
+        "sbatch": "echo 'sbatch: error: invalid partition' >&2; exit 1",
+        "sinfo": "echo gpu; echo cpu",
+    }
+    done = submit("--executor=slurm", **programs, srun="")
     assert done.returncode == 1
     assert done.stderr.startswith("error: sbatch refused the job: sbatch: error: invalid partition; ")
+    assert "set --partition to one of cpu, gpu" in done.stderr
     assert len(done.stderr.splitlines()) == 1
 
 
@@ -384,8 +410,28 @@ def test_minutes_reads_slurms_time_limits(time: str | int, expected: int):
 
 @pytest.mark.parametrize("time", ["", "0", "-5", "1:2:3:4", "UNLIMITED"])
 def test_minutes_refuses_what_is_no_limit(time: str):
-    with pytest.raises(AutodoError, match=r"launch\.slurm\.time"):
+    with pytest.raises(AutodoError, match=r"launch\.time"):
         slurm.minutes(time)
+
+
+@pytest.mark.parametrize("classes", [1, 1000, 50_000])
+def test_the_newest_metrics_are_read_though_a_line_is_long(tmp_path: Path, classes: int):
+    first = {"kind": "task", "step": 20, "epoch": 1.0, "loss": 4.25}
+    last = {
+        "kind": "evaluation",
+        "step": 40,
+        "epoch": 2,
+        "test_accuracy": 0.5,
+        "per_class": dict.fromkeys(range(classes), 0.0),
+    }
+    metrics = tmp_path / "metrics.jsonl"
+    assert follow._newest(metrics) == ""
+    metrics.write_text(json.dumps(first))
+    assert follow._newest(metrics) == ""  # it is being written
+    metrics.write_text(f"{json.dumps(first)}\n")
+    assert follow._newest(metrics) == "task, epoch 1.0, step 20: loss 4.25"
+    metrics.write_text(f"{json.dumps(first)}\n{json.dumps(last)}\n{{")
+    assert follow._newest(metrics) == "evaluation, epoch 2, step 40: test_accuracy 0.5"
 
 
 def test_submit_does_not_import_torch():

@@ -84,4 +84,4 @@ def test_a_thread_shows_phase_and_step() -> None:
     thread = threading.Thread(target=work)  # pytest keeps its own name
     thread.start()
     thread.join()
-    assert shown == ["start", "hyper 0", "task 1200", "evaluation 9999", "evaluation"]
+    assert shown == ["start", "hyper:0", "task:1200", "evaluation:9999", "evaluation"]

@@ -276,12 +276,12 @@ def test_what_a_broken_off_save_leaves_is_not_taken_for_one_that_goes_on(tmp_pat
     ("text", "reached"),
     [
         ("start", []),
-        ("data 3", []),
-        ("task 3", ["task 3"]),
-        ("evaluation 4", ["task 3", "evaluation 4"]),
-        ("save 4", ["task 3", "evaluation 4"]),
-        ("hyper 4", ["task 3", "evaluation 4", "hyper 4"]),
-        ("data 5", ["task 3", "evaluation 4", "save 4", "hyper 4"]),
+        ("data:3", []),
+        ("task:3", ["task:3"]),
+        ("evaluation:4", ["task:3", "evaluation:4"]),
+        ("save:4", ["task:3", "evaluation:4"]),
+        ("hyper:4", ["task:3", "evaluation:4", "hyper:4"]),
+        ("data:5", ["task:3", "evaluation:4", "save:4", "hyper:4"]),
         ("evaluation", []),  # of so many steps that they do not fit
     ],
 )
@@ -291,7 +291,7 @@ def test_a_rank_past_its_aim_is_struck_too(
     """A save begins a little after the rank has gone on to the next step; then its folder tells, tested above."""
     monkeypatch.setattr(kill, "shown", lambda _: text)
     watch = Watch(None, tmp_path, {}, None)  # type: ignore[arg-type]
-    aims = ["task 3", "evaluation 4", "save 4", "hyper 4"]
+    aims = ["task:3", "evaluation:4", "save:4", "hyper:4"]
     found = [aim for aim in aims if watch._reached(Aim(0, Place(*parted(aim)), 0.0), 1)]  # type: ignore[arg-type]
     assert found == reached
 
@@ -443,7 +443,7 @@ def test_the_digest_is_that_of_the_tensors_whatever_the_ranks(plain: Config, mis
 
 
 def proof_of(plain: Config, differences: tuple[str, ...], largest: float, other: str | None, depends: str) -> Proof:
-    fell = Fallen(1, Aim(0, Place("task", 1), 0.5), Hit("task 1", saving=False))
+    fell = Fallen(1, Aim(0, Place("task", 1), 0.5), Hit("task:1", saving=False))
     broken = Broken((fell,), 1.0)
     elastic = Elastic((1, 2), broken, Losses(largest, 5, 9, other), depends)
     return Proof(plain, 0, 1, 8, 1.0, 0.5, broken, Compared(("a", "b"), differences, 8, 1, 9, ()), elastic)

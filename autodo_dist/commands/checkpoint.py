@@ -19,6 +19,13 @@ app = typer.Typer(no_args_is_help=True, help="List, verify, compare, export and 
 Run = Annotated[Path, typer.Argument(metavar="RUN", help="run folder, e.g. runs/digits")]
 
 
+LEFT = {
+    ".partial": "left by a save that broke off, or being written",
+    ".broken": "renamed as broken",
+    ".replaced": "its step was saved again; the next start takes it back where that is not there",
+}
+
+
 @app.command("list")
 def list_(run: Run) -> None:
     """List the checkpoints of a run, oldest first. Sizes are looked at, contents are not: see `verify`."""
@@ -26,17 +33,15 @@ def list_(run: Run) -> None:
 
     root = folder(run)
     found = checkpoint.complete(root)
-    left = sorted(path for path in root.glob("step-*") if path.suffix in (".partial", ".broken"))
+    left = sorted(path for path in root.glob("step-*") if path.suffix in LEFT)
     best = best_step(run)
     typer.echo(f"{root}: {len(found)} checkpoints" + (f", {len(left)} partial or broken" if left else ""))
     typer.echo(f"{'step':>10} {'epoch':>6} {'bytes':>16}  {'saved':19}  state")
     for path in found:
         typer.echo(describe(path, best, newest=path == found[-1]))
     for path in left:
-        state = "left by a save that broke off, or being written" if path.suffix == ".partial" else "renamed as broken"
-        typer.echo(
-            f"{path.stem.removeprefix('step-').lstrip('0') or '0':>10} {'':6} {size(path):16,}  {'':19}  {state}"
-        )
+        step = path.stem.removeprefix("step-").lstrip("0") or "0"
+        typer.echo(f"{step:>10} {'':6} {size(path):16,}  {'':19}  {LEFT[path.suffix]}")
 
 
 def describe(path: Path, best: int | None, newest: bool) -> str:

@@ -77,6 +77,9 @@ def newest(root: Path, ranks: Ranks) -> Path | None:
 
 def _newest(root: Path) -> Path | None:
     require_inside(root, root.parent)
+    for path in root.glob("step-*.replaced"):
+        if not path.with_suffix("").exists():
+            path.rename(path.with_suffix(""))
     candidates = complete(root)
     for path in reversed(candidates):
         try:
@@ -161,6 +164,9 @@ def prune(root: Path, keep: int, best: int | None, ranks: Ranks) -> None:
     if ranks.main:
         for path in [*spare(root, keep, best), *root.glob("*.partial")]:
             delete(path)
+        for path in root.glob("step-*.replaced"):
+            if path.with_suffix("").exists():
+                delete(path)
 
 
 def spare(root: Path, keep: int, best: int | None) -> list[Path]:
@@ -179,6 +185,11 @@ def delete(path: Path) -> None:
             shutil.rmtree(partial, ignore_errors=True)
             os.replace(path, partial)
         shutil.rmtree(partial)
+
+
+def replaced(path: Path) -> Path:
+    """Where a checkpoint lies while another one of its step takes its place."""
+    return path.with_suffix(".replaced")
 
 
 def folder(root: Path, step: int) -> Path:

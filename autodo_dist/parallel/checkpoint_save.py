@@ -4,7 +4,8 @@
     -> a thread: every rank's file and .metadata in a .partial folder, fsync -> size and SHA-256 of each
     -> checkpoint.json -> rename to step-… -> older ones deleted
 
-A crash in between leaves a .partial folder, which no resume looks at and the next save takes away.
+A crash in between leaves a .partial folder, which no resume looks at and the next save takes away. A checkpoint of the
+same step is renamed to .replaced before; a crash between the two renames leaves it so, and a resume takes it back.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
 from autodo_dist.errors import AutodoError
 from autodo_dist.files import sha256, sync
-from autodo_dist.parallel.checkpoint import complete, folder, leaves, prune, reason
+from autodo_dist.parallel.checkpoint import complete, folder, leaves, prune, reason, replaced
 from autodo_dist.parallel.checkpoint_header import FORMAT, write_header
 from autodo_dist.parallel.comm import Ranks
 
@@ -153,7 +154,9 @@ def _write(
         files = {name: facts for part in written for name, facts in part.items()}
         header = {"format": FORMAT, "step": step, "progress": progress, "files": files}
         write_header(partial, header)  # and with it every name in this folder is on the disk
-        shutil.rmtree(final, ignore_errors=True)
+        if final.exists():  # a stop in an evaluation saved this step without it; no moment is to have neither
+            shutil.rmtree(replaced(final), ignore_errors=True)
+            os.replace(final, replaced(final))
         os.replace(partial, final)
         sync(final.parent)
         for place in final.parent.parents[:2]:  # checkpoints/ and the run's folder may be new

@@ -8,7 +8,10 @@ from the job's id. Without SLURM_PROCID the process is alone.
 from __future__ import annotations
 
 import os
+import socket
 import subprocess
+import sys
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -18,10 +21,12 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
-from autodo_dist.errors import AutodoError
+from autodo_dist.errors import AutodoError, OutageError
 from autodo_dist.ports import PORTS
 
 T = TypeVar("T")
+SAY_S = 30.0  # after which ranks that have not come are named, and again as long after that
+COME_S = 600.0  # after which they are waited for no more: a cold file system may take minutes to load torch
 
 
 @dataclass(frozen=True)
@@ -50,19 +55,19 @@ def place(environment: Mapping[str, str] = os.environ) -> Place:
     rank, ranks = number("SLURM_PROCID"), number("SLURM_NTASKS")
     if ranks == 1:
         return Place()
-    address = environment.get("MASTER_ADDR") or _first_host(environment.get("SLURM_JOB_NODELIST", ""))
+    address = environment.get("MASTER_ADDR") or _hosts(environment.get("SLURM_JOB_NODELIST", ""))[0]
     port = number("MASTER_PORT", str(PORTS[number("SLURM_JOB_ID", "0") % len(PORTS)]))
     return Place(rank, ranks, number("SLURM_LOCALID"), (address, port))
 
 
-def _first_host(nodes: str) -> str:
-    """The first host of Slurm's compressed list, e.g. gpu[03-06] -> gpu03."""
+def _hosts(nodes: str) -> list[str]:
+    """The hosts of Slurm's compressed list, e.g. gpu[03-04] -> gpu03, gpu04."""
     if "[" not in nodes:
-        return nodes.split(",")[0] or "127.0.0.1"
+        return nodes.split(",") if nodes else ["127.0.0.1"]
     hosts = subprocess.run(["scontrol", "show", "hostnames", nodes], capture_output=True, text=True, check=False)
     if hosts.returncode:
         raise AutodoError(f"environment: SLURM_JOB_NODELIST = {nodes!r} cannot be read by scontrol; set MASTER_ADDR")
-    return hosts.stdout.split()[0]
+    return hosts.stdout.split()
 
 
 @dataclass(frozen=True)
@@ -135,6 +140,63 @@ class Ranks:
         dist.barrier(group=self.group)
 
 
+def meet(rank: int, ranks: int, address: str, port: int) -> dist.TCPStore:
+    """The store at which all ranks have met. Every rank must call this.
+
+    Ranks that do not come are named on stderr every SAY_S; OutageError after COME_S. AutodoError for a port that cannot
+    be had.
+    """
+    deadline = time.monotonic() + COME_S
+    while True:
+        try:
+            store = dist.TCPStore(
+                address, port, is_master=rank == 0, timeout=timedelta(seconds=SAY_S), wait_for_workers=False
+            )
+            break
+        except (dist.DistNetworkError, dist.DistStoreError) as error:
+            reason = str(error).splitlines()[0]
+            if rank == 0:
+                raise AutodoError(
+                    f"rendezvous at {address}:{port}: {reason}; "
+                    "set MASTER_PORT to a free port and MASTER_ADDR to a host that every node can reach"
+                ) from error
+            complain([0], rank, ranks, deadline, f"{address}:{port} cannot be reached ({reason})")
+    store.set(f"here/{rank}", socket.gethostname())
+    everyone = [f"here/{other}" for other in range(ranks)]
+    while True:
+        try:
+            store.wait(everyone, timedelta(seconds=SAY_S))
+            return store
+        except dist.DistStoreError:
+            missing = [other for other, name in enumerate(everyone) if not store.check([name])]
+            complain(missing, rank, ranks, deadline, f"{ranks - len(missing)} are at {address}:{port}")
+        except dist.DistNetworkError as error:
+            raise OutageError(f"rendezvous at {address}:{port}: rank 0 is gone; its log tells why") from error
+
+
+def complain(missing: list[int], rank: int, ranks: int, deadline: float, what: str) -> None:
+    """Say which ranks have not come, and where they should run; OutageError once the deadline has passed."""
+    if not missing:
+        return
+    first = missing[0]
+    more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
+    text = f"rendezvous: rank {first} of {ranks}{more} has not come, on {host_of(first, ranks)}; {what}"
+    if time.monotonic() > deadline:
+        raise OutageError(f"{text}; see its log, and whether that node is up")
+    if rank in (0, min(set(range(ranks)) - set(missing))):
+        print(f"{text}; waiting on", file=sys.stderr, flush=True)
+
+
+def host_of(rank: int, ranks: int, environment: Mapping[str, str] = os.environ) -> str:
+    """The host on which a rank should run, if ranks are dealt out node by node, as srun does by default."""
+    nodes, number = environment.get("SLURM_JOB_NODELIST", ""), int(environment.get("SLURM_JOB_NUM_NODES", "1"))
+    try:
+        hosts = _hosts(nodes)
+    except AutodoError:
+        return f"a node of {nodes}"
+    return hosts[min(rank // -(-ranks // number), len(hosts) - 1)]
+
+
 @contextmanager
 def process_group(place: Place, device: torch.device, timeout: timedelta = timedelta(minutes=30)) -> Iterator[Ranks]:
     """Join the ranks: gloo for CPU tensors, NCCL for GPU tensors. Every rank must call this.
@@ -149,13 +211,8 @@ def process_group(place: Place, device: torch.device, timeout: timedelta = timed
         address, port = place.master
         if address in ("127.0.0.1", "localhost"):
             os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-        try:
-            store = dist.TCPStore(address, port, place.ranks, is_master=place.rank == 0, timeout=timeout)
-        except (dist.DistNetworkError, dist.DistStoreError) as error:
-            raise AutodoError(
-                f"rendezvous at {address}:{port}: {str(error).splitlines()[0]}; "
-                "set MASTER_PORT to a free port and MASTER_ADDR to a host that every node can reach"
-            ) from error
+        store = meet(place.rank, place.ranks, address, port)
+        store.set_timeout(timeout)
     dist.init_process_group(backend, store=store, rank=place.rank, world_size=place.ranks, timeout=timeout)
     yield Ranks(place.rank, place.ranks, device)
     # Not after an exception: a rank records why it failed before its peers see a closed connection (launcher/job.py).

@@ -194,7 +194,7 @@ def strike(process: psutil.Process) -> str | None:
 
 
 def shown(pid: int) -> str:
-    """What a rank shows of its phase, e.g. `task 1200`; empty if it is gone."""
+    """What a rank shows of its phase, e.g. `task:1200`; empty if it is gone."""
     with suppress(OSError):
         text = Path(f"/proc/{pid}/comm").read_text().strip()
         return text if parted(text)[0] in ORDER else "start"  # before that it is called after its program
@@ -203,7 +203,7 @@ def shown(pid: int) -> str:
 
 def parted(text: str) -> tuple[str, int]:
     """Phase and steps of what a rank shows; -1 where it does not say."""
-    phase, _, steps = text.partition(" ")
+    phase, _, steps = text.partition(":")
     return phase, int(steps) if re.fullmatch(r"\d+", steps) else -1
 
 

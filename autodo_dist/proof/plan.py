@@ -57,7 +57,7 @@ def shorten(config: Config, steps: int, most: int, root: Path) -> Config:
     tree["optim"] |= {"warmup_epochs": min(config.optim.warmup_epochs, epochs / 2)}
     tree["hyper"] |= {"start_epoch": start} if config.learn.anything else {}
     tree["checkpoint"] |= {"every_steps": every + (every % LOG_EVERY == 0)}
-    tree["launch"] |= {"executor": "local", "nodes": 1}
+    tree["launch"] |= {"executor": "local", "nodes": 1, "max_restarts": 0}
     return check_config(tree, "of the proof")
 
 
