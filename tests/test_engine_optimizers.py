@@ -215,6 +215,7 @@ def test_the_plan_reads_deepspeeds_file(tmp_path: Path) -> None:
         "gradients": 334 * 4,
         "gradient bucket of DeepSpeed": 400,
         "optimizer state": 334 * 4,
+        "average of the weights": 0,
     }
     assert of_engine(config_of({}, None, file), 2) == {}
 

@@ -367,7 +367,7 @@ def sizes(tree: dict[str, Any]) -> tuple[int, int]:
     with comm.process_group(comm.place(), torch.device("cpu")) as ranks:
         state = tensors(build(config, read_manifest(config.data.root), ranks))
         checkpoint_save.save(config.folder, 1, state, {}, ranks)
-        return size(state), sum(path.stat().st_size for path in config.folder.rglob("*") if path.is_file())
+        return size(state), sum(path.stat().st_size for path in checkpoint.folder(config.folder, 1).iterdir())
 
 
 def test_size_counts_every_tensor_once(pool: RankPool, digits: Path, tmp_path: Path) -> None:

@@ -64,9 +64,13 @@ def _hosts(nodes: str) -> list[str]:
     """The hosts of Slurm's compressed list, e.g. gpu[03-04] -> gpu03, gpu04."""
     if "[" not in nodes:
         return nodes.split(",") if nodes else ["127.0.0.1"]
-    hosts = subprocess.run(["scontrol", "show", "hostnames", nodes], capture_output=True, text=True, check=False)
-    if hosts.returncode:
-        raise AutodoError(f"environment: SLURM_JOB_NODELIST = {nodes!r} cannot be read by scontrol; set MASTER_ADDR")
+    command = ["scontrol", "show", "hostnames", nodes]
+    try:
+        hosts = subprocess.run(command, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError) as error:  # a container may have no scontrol
+        raise AutodoError(
+            f"environment: SLURM_JOB_NODELIST = {nodes!r} cannot be read by scontrol; set MASTER_ADDR"
+        ) from error
     return hosts.stdout.split()
 
 
