@@ -11,7 +11,7 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass
@@ -42,7 +42,9 @@ class Stage:
     unbroken: Future[Path]
     last_node: threading.Lock
 
-    def submit(self, name: str, nodes: int = RANKS, exclude: str | None = LAST, **train: Any) -> Job:
+    def submit(
+        self, name: str, nodes: int = RANKS, exclude: str | None = LAST, setup: Sequence[str] = (), **train: Any
+    ) -> Job:
         """The user's command: two epochs of 40 steps and a hyper pass between them, on a rank a node."""
         launch = {"executor": "slurm", "nodes": nodes, "exclude": exclude, "mem": "1500M", "cpus_per_rank": 1}
         settings = check_config(
@@ -58,7 +60,7 @@ class Stage:
                 "learn": {"augment": "per_sample", "weight": True, "soft_label": True},
                 "hyper": {"start_epoch": 1, "way": "separate", "validation_every": 2},
                 "checkpoint": {"every_steps": 15, "keep": 9},
-                "launch": launch | {"time": "20"},
+                "launch": launch | {"time": "20", "setup": list(setup)},
             },
             "of the test",
         )
