@@ -169,7 +169,7 @@ def test_a_run_with_dropped_pictures_learns_the_same_on_any_ranks(
 ) -> None:
     """AutoDO with every group: 1 and 3 ranks agree to 1e-10, a resume is bit-exact, the run folder lists all four."""
     copy, ids = broken
-    split = {"data__imbalance_ratio": 1, "data__on_error": "skip", "data__most_dropped": 0.01}
+    split = {"data__imbalance_ratio": 1, "data__on_error": "skip", "data__most_dropped": 0.01, "data__image_size": 16}
     folders = {}
     for ranks in (1, 3):
         tree = learning(copy.root, tmp_path / str(ranks), train__precision="fp64", **split)

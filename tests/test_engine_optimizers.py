@@ -161,17 +161,18 @@ def census(stage: int | None, file: Path) -> dict[str, int]:
     """Bytes that a rank holds in and after the second step of AdamW, on pictures of 4 x 3 x 16 x 16."""
     with comm.process_group(comm.place(), CPU) as ranks:
         gc.collect()
-        before, back, step = storages(), [], []
+        before, back, step = storages(), {}, []
         engine = made({"name": "adamw"}, stage, ranks, file)
         train(engine, "adamw", range(1))
         gc.collect()
         engine.optimizer.register_step_pre_hook(lambda *_: step.append(held(before)))
-        for parameter in engine.module.parameters():
-            parameter.register_hook(lambda _: back.append(held(before)))
+        parameters = list(engine.module.parameters())
+        for name, parameter in {"last": parameters[0], "head": parameters[-2]}.items():
+            parameter.register_hook(lambda _, name=name: back.update({name: held(before)}))
         train(engine, "adamw", range(1, 2))
         after = held(before)
         engine.close()
-        return {"head": back[1], "last": back[-1], "step": step[0], "after": after}
+        return back | {"step": step[0], "after": after}
 
 
 @needs_deepspeed

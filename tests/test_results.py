@@ -50,11 +50,12 @@ def test_it_trains_goes_on_and_names_a_run_that_failed(
     monkeypatch.setattr(results, "DISTORTIONS", DISTORTIONS[1:])
     file = tmp_path / "rows.json"
     call = functools.partial(results.main, root=tmp_path, jobs=2, quick=True, json_file=file, readme=None)
-    call(words=[f"data.root={digits}"])
+    words = [f"data.root={digits}", "data.image_size=16", "train.steps_per_pass=4"]
+    call(words=words)
     shown = capsys.readouterr().out
     with monkeypatch.context() as nothing_starts:
         nothing_starts.setattr(subprocess, "run", None)
-        call(words=[f"data.root={digits}"])
+        call(words=words)
     assert capsys.readouterr().out == shown
     starts = [json.loads(path.read_text())["starts"] for path in tmp_path.glob("quick/*/environment.json")]
     assert [len(each) for each in starts] == [1, 1, 1, 1]
@@ -63,6 +64,6 @@ def test_it_trains_goes_on_and_names_a_run_that_failed(
     assert rows[1]["seeds"][1] == pytest.approx(100 * (1 - summary["test_accuracy_final"]))
     assert summary["epochs"] == 2
     with pytest.raises(AutodoError, match=r"made with other settings \(optim.lr: 0.05 -> 0.1\)"):
-        call(words=[f"data.root={digits}", "optim.lr=0.1"])
+        call(words=[*words, "optim.lr=0.1"])
     with pytest.raises(AutodoError, match=r"seed0: failed, see .*\.log: error: train.batch_size = 9000: more than"):
         call(root=tmp_path / "other", words=[f"data.root={digits}", "train.batch_size=9000"])
