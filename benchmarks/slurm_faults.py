@@ -124,6 +124,11 @@ def fresh(config: Config) -> Config:
     return config
 
 
+def lasting(config: Config) -> Config:
+    """The config of a run that does not come to its end by itself."""
+    return config.model_copy(update={"train": config.train.model_copy(update={"epochs": 10_000})})
+
+
 def signalled(case: Case, config: Config, seed: int) -> Row:
     """A run that gets a signal at a drawn moment, drawn anew where it had ended by then; and its end, compared."""
     generator = np.random.default_rng(seed)
@@ -179,7 +184,7 @@ def dead(case: Case, config: Config, seed: int) -> Row:
 def hung(case: Case, config: Config, seed: int) -> Row:
     """SIGSTOP of a rank: seconds until one is named, which, and whether its log holds its stack."""
     generator = np.random.default_rng(seed)
-    going = begin(fresh(named(config, f"hung-{seed}", case.ranks)))
+    going = begin(fresh(lasting(named(config, f"hung-{seed}", case.ranks))))  # woken for its stack, it may go on
     rank = int(generator.integers(case.ranks))
     going.at_step(rank, int(generator.integers(1, 16)))
     begun, at = time.time(), shown(going.ranks[rank].pid)
@@ -201,8 +206,7 @@ def quiet(minutes: float, case: Case, config: Config, seed: int) -> Row:
     It ends with the first one.
     """
     generator, begun, stops, longest = np.random.default_rng(seed), time.monotonic(), 0, 0.0
-    config = named(config, "quiet", case.ranks)
-    config = config.model_copy(update={"train": config.train.model_copy(update={"epochs": 10_000})})
+    config = lasting(named(config, "quiet", case.ranks))
     going = begin(fresh(config))
     going.at_step(0, 8)
     while time.monotonic() - begun < 60 * minutes and going.launcher.poll() is None:

@@ -132,12 +132,12 @@ class Warden:
                 (self.errors / f"hang-{self.rank:05d}.json").unlink()
             return False
         hung = culprit(found)
+        if hung.rank == self.rank:  # before it wakes up: it may come to the end of a short run
+            record(self.folder, "hang", f"{hung}; its stack is in its log", beat.at)
         os.kill(self.pid, signal.SIGUSR1)  # faulthandler writes the stack; it may be stopped, and wakes up to do it
         os.kill(self.pid, signal.SIGCONT)
         time.sleep(STACK_S)
-        if hung.rank == self.rank:
-            record(self.folder, "hang", f"{hung}; its stack is in its log", beat.at)
-        else:
+        if hung.rank != self.rank:
             time.sleep(GATHER_S + STACK_S)  # for the launcher to end this rank
         os.kill(self.pid, signal.SIGKILL)
         return True
