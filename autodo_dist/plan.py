@@ -107,6 +107,12 @@ class Workload:
         return self.classes * (self.footprint.features + 1) * self.bytes_per_number
 
     @property
+    def average_bytes(self) -> int:
+        """Bytes of the moving average of weights and buffers; 0 where there is none."""
+        foot = self.footprint
+        return (foot.parameters * self.bytes_per_number + sum(foot.buffers)) if self.averages else 0
+
+    @property
     def gathered_width(self) -> int:
         """Values of a sample that sample space and `fisher` gather on every rank (direction.HeadBatch.join)."""
         features, classes = self.footprint.features + 1, self.classes
@@ -262,11 +268,9 @@ def memory(work: Workload, ranks: int) -> tuple[Memory, ...]:
     """
     local, foot = -(-work.batch_size // ranks), work.footprint
     piece = -(-local // work.accumulate)
-    rows = -(-work.train_samples // ranks) if work.learns else 0
-    table = 2 * rows * work.row_width * work.bytes_per_value + rows * TOUCHED
     parts = [
         *model_memory(work, ranks),
-        *save_memory(work, table),
+        *save_memory(work, ranks),
         Memory(f"pictures of {BATCHES_HELD} batches", BATCHES_HELD * local * work.picture_bytes),
         Memory("activations of the task step", foot.alive["task"].at(piece), "task"),
     ]
@@ -275,6 +279,7 @@ def memory(work: Workload, ranks: int) -> tuple[Memory, ...]:
     place: Place = "host" if work.table_on_host else "device"
     validation = -(-work.validation_batch // (ranks * work.accumulate))
     step: Step = "shared" if work.way == "shared" else "hyper"
+    rows = -(-work.train_samples // ranks)
     return (
         *parts,
         Memory("rows: values", rows * work.row_width * work.bytes_per_value, place=place),
@@ -306,22 +311,21 @@ def model_memory(work: Workload, ranks: int) -> list[Memory]:
         Memory("gradients", part if stage >= 2 else whole),
         Memory(*buckets),
         Memory("optimizer state", (part if stage else whole) * work.optimizer_numbers),
-        Memory("average of the weights", (whole + sum(work.footprint.buffers)) * work.averages),
+        Memory("average of the weights", work.average_bytes),
     ]
 
 
-def save_memory(work: Workload, table: int) -> list[Memory]:
+def save_memory(work: Workload, ranks: int) -> list[Memory]:
     """What a save needs beside training: a copy of a rank's state in main memory, from the first save on.
 
-    Stages 1 to 3 put weights and optimizer state together first, on the device. table: bytes of a rank's rows.
+    Stages 1 to 3 put weights and optimizer state together first, on the device.
     """
-    foot, size = work.footprint, work.bytes_per_number
-    whole = foot.parameters * size * (1 + work.optimizer_numbers)
-    average = (foot.parameters * size + sum(foot.buffers)) * work.averages
-    learnt = (table + work.theta_bytes) * work.learns
-    place: Place = "device" if work.on_cpu else "host"
+    whole = work.footprint.parameters * work.bytes_per_number * (1 + work.optimizer_numbers)
+    staged = whole + sum(work.footprint.buffers) + work.average_bytes
+    if work.learns:
+        staged += table_bytes(work.train_samples, work.row_width, ranks, work.bytes_per_value) + work.theta_bytes
     return [
-        Memory("staging buffer of saves", whole + sum(foot.buffers) + average + learnt, place=place),
+        Memory("staging buffer of saves", staged, place="device" if work.on_cpu else "host"),
         Memory("whole copies for a save", whole if work.stage else 0, "save"),
     ]
 

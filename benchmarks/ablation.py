@@ -11,7 +11,6 @@ import csv
 import itertools
 import os
 import statistics
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,9 +20,8 @@ import typer
 from sklearn.metrics import roc_auc_score
 
 from autodo_dist.data.manifest import read_manifest
-from autodo_dist.errors import AutodoError
 from autodo_dist.run_folder import read_config
-from benchmarks.runs import run_all, summary, test_error, write_rows
+from benchmarks.runs import as_command, run_all, summary, test_error, write_rows
 
 START = 5  # the epoch from which on rows are learnt
 SMALL = ("data.image_size=16", "data.crop_padding=1", "train.epochs=20", f"hyper.start_epoch={START}")
@@ -157,7 +155,4 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
 
 
 if __name__ == "__main__":
-    try:
-        typer.run(main)
-    except AutodoError as error:
-        sys.exit(f"error: {error}")
+    as_command(main)

@@ -36,7 +36,7 @@ from autodo_dist.proof.kill import Start, parted, submit
 from autodo_dist.proof.plan import Aim, Phase, Place, aim, named, places
 from autodo_dist.proof.prove import Fallen, describe, one, usual
 from benchmarks import warm
-from benchmarks.runs import CONFIG, write_rows
+from benchmarks.runs import CONFIG, as_command, write_rows
 
 SMALL = (
     *("data.image_size=16", "data.crop_padding=1", "train.batch_size=32", "train.epochs=2", "train.steps_per_pass=8"),
@@ -223,7 +223,4 @@ def machine() -> str:
 
 
 if __name__ == "__main__":
-    try:
-        typer.run(main)
-    except AutodoError as error:
-        sys.exit(f"error: {error}")
+    as_command(main)

@@ -36,11 +36,10 @@ from autodo_dist.data.order import Crop
 from autodo_dist.data.pixels import Finish, Pictures, Pixels
 from autodo_dist.data.policies import PAPERS, Drawn, Policy, make_choice, make_erase
 from autodo_dist.data.torchvision_pixels import TorchvisionPixels
-from autodo_dist.errors import AutodoError
 from autodo_dist.operations import OPERATIONS
 from benchmarks.hyper_step import Figure, figure, interleaved
 from benchmarks.results import between_marks
-from benchmarks.runs import write_rows
+from benchmarks.runs import as_command, write_rows
 
 Array = npt.NDArray[np.uint8]
 Case = tuple[str, float, int]  # an operation, its strength, and which of the pictures
@@ -217,7 +216,4 @@ def cost_table(times: dict[str, dict[str, list[float]]]) -> str:
 
 
 if __name__ == "__main__":
-    try:
-        typer.run(main)
-    except AutodoError as error:
-        sys.exit(f"error: {error}")
+    as_command(main)

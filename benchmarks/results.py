@@ -10,7 +10,6 @@ from __future__ import annotations
 import os
 import re
 import statistics
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +19,7 @@ import typer
 
 from autodo_dist.errors import AutodoError
 from autodo_dist.ledger import START
-from benchmarks.runs import run_all, summary, write_rows
+from benchmarks.runs import as_command, run_all, summary, write_rows
 
 DISTORTIONS = ((10, 0.1), (1, 0.4))  # imbalance ratio, label noise
 METHODS = {"plain": ("learn.augment=none", "learn.weight=false", "learn.soft_label=false"), "AutoDO": ()}
@@ -131,7 +130,4 @@ def between_marks(text: str, insert: str) -> str:
 
 
 if __name__ == "__main__":
-    try:
-        typer.run(main)
-    except AutodoError as error:
-        sys.exit(f"error: {error}")
+    as_command(main)

@@ -9,10 +9,12 @@ import contextlib
 import json
 import multiprocessing
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
+
+import typer
 
 from autodo_dist.errors import AutodoError
 from autodo_dist.files import read_json
@@ -68,3 +70,11 @@ def write_rows(file: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     """Write a benchmark's figures as JSON."""
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps(rows, indent=1, ensure_ascii=False) + "\n")
+
+
+def as_command(main: Callable[..., None]) -> None:
+    """Run a benchmark's `main` with the words of the command line; an AutodoError is one line, and status 1."""
+    try:
+        typer.run(main)
+    except AutodoError as error:
+        sys.exit(f"error: {error}")

@@ -39,13 +39,11 @@ from autodo_dist.proof.kill import Launcher, parted, shown
 from autodo_dist.proof.plan import named
 from benchmarks import warm
 from benchmarks.chaos import CASES, LIMIT_S, Case, figure, machine, read, unbroken_run
-from benchmarks.runs import write_rows
+from benchmarks.runs import as_command, write_rows
 
 HANG_AFTER = 5.0  # s, train.hang_after of the runs with a rank that hangs
-PATIENT, LONGEST_STOP = (
-    20.0,
-    8.0,
-)  # s, that of the run whose ranks stand still, and for how long; warden.STOPPED_S is 10
+PATIENT = 20.0  # s, that of the run whose ranks stand still
+LONGEST_STOP = 8.0  # s for which one does; warden.STOPPED_S is 10
 SHOWN_S = 30.0  # s in which a hung rank is to be named
 
 Row = dict[str, Any]
@@ -326,7 +324,4 @@ def table(rows: list[Row]) -> str:
 
 
 if __name__ == "__main__":
-    try:
-        typer.run(main)
-    except AutodoError as error:
-        sys.exit(f"error: {error}")
+    as_command(main)
