@@ -24,7 +24,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from autodo_dist import build, build_data, run_folder
+from autodo_dist import run_folder
 from autodo_dist.config import Config
 from autodo_dist.data.manifest import Manifest
 from autodo_dist.data.order import Ids
@@ -32,11 +32,10 @@ from autodo_dist.data.split import Split
 from autodo_dist.errors import AutodoError
 from autodo_dist.files import whole
 from autodo_dist.hyperparameters import Layout
+from autodo_dist.learnt import Source, source_of
 from autodo_dist.method import losses
 from autodo_dist.models import build_model
 from autodo_dist.parallel.checkpoint_rows import RowReader
-
-BLOCK = 1 << 24  # bytes of the table that are in memory together, beside their copies as columns
 
 
 def tables_beside(out: Path) -> Path:
@@ -85,51 +84,34 @@ def export_rows(run: Path, config: Config, reader: RowReader, out: Path, data: s
     """Write what was learnt; a line that says so, or none for a run that learns nothing of its samples."""
     if not config.learn.anything:
         return []
-    manifest = build_data.read_data(config, data)
-    run_folder.check_same_data(run, manifest.place, manifest.checksum, config.data.split)
-    split = build_data.build_split(config, manifest)
-    layout = build.build_layout(config, len(manifest.classes))
-    if layout.width and reader.size("hyper.rows.value") != (len(split.train), layout.width):
-        raise AutodoError(
-            f"checkpoint {reader.path}: its rows are not those of config.yaml and the data set's train part"
-        )
+    source = source_of(run, config, reader, data)
     with whole_or_not(out) as partial:
         writer = None
-        for block in blocks(reader, layout, split, manifest):
+        for block in blocks(source):
             if writer is None:
-                about = {"autodo": json.dumps(facts(config, reader, layout, manifest))}
+                about = {"autodo": json.dumps(facts(source))}
                 schema = block.schema.with_metadata(about)
                 writer = pa.parquet.ParquetWriter(partial, schema, use_dictionary=["given_label", "suggested_label"])
             writer.write_table(block)
         assert writer is not None  # a run without train samples does not start
         writer.close()
-    return [f"{out}: {len(split.train)} rows"]
+    return [f"{out}: {len(source.split.train)} rows"]
 
 
-def facts(config: Config, reader: RowReader, layout: Layout, manifest: Manifest) -> dict[str, Any]:
+def facts(source: Source) -> dict[str, Any]:
     """What the rows do not say themselves."""
-    found = {"run": config.run.name, "step": reader.header.step, "classes": list(manifest.classes)}
-    if layout.augment == "shared":
-        gates, magnitudes = reader.whole("hyper.shared.value").double().sigmoid().chunk(2)
-        pairs = zip(layout.operations, gates.tolist(), magnitudes.tolist(), strict=True)
-        found["shared"] = {name: {"probability": p, "magnitude": m} for name, p, m in pairs}
-    return found
+    found = {"run": source.config.run.name, "step": source.reader.header.step, "classes": list(source.manifest.classes)}
+    shared = source.shared()
+    return found if shared is None else found | {"shared": shared}
 
 
-def blocks(reader: RowReader, layout: Layout, split: Split, manifest: Manifest) -> Iterator[pa.Table]:
+def blocks(source: Source) -> Iterator[pa.Table]:
     """The rows as tables of about BLOCK bytes, in the order of ids."""
-    if not layout.width:
-        rows = range(0, len(split.train), BLOCK // 64)
-        bounds: Any = ((start, min(len(split.train), start + rows.step)) for start in rows)
-    else:
-        bounds = reader.blocks("hyper.rows.value", BLOCK)
-    for start, stop in bounds:
-        ids = split.train[start:stop]
-        columns = named(ids, split, manifest)
+    layout, split, manifest = source.layout, source.split, source.manifest
+    for part, groups in source.blocks():
+        columns = named(split.train[part], split, manifest) | learnt(groups, layout, manifest)
         if layout.width:
-            values = reader.between("hyper.rows.value", start, stop)
-            touched = reader.between("hyper.rows.touched", start, stop)
-            columns |= learnt(values, layout, manifest) | {"last_hyper_step": touched.numpy()}
+            columns["last_hyper_step"] = source.reader.between("hyper.rows.touched", part.start, part.stop).numpy()
         yield pa.table(columns)
 
 
@@ -143,10 +125,9 @@ def named(ids: Ids, split: Split, manifest: Manifest) -> dict[str, Any]:
     }
 
 
-def learnt(values_nP: torch.Tensor, layout: Layout, manifest: Manifest) -> dict[str, Any]:
+def learnt(groups: dict[str, torch.Tensor], layout: Layout, manifest: Manifest) -> dict[str, Any]:
     """What was learnt of each sample, as columns; see the module."""
-    wide = values_nP if values_nP.dtype == torch.float64 else values_nP.float()
-    groups, columns = layout.split(wide), {}
+    columns: dict[str, Any] = {}
     if "weight_logit" in groups:
         columns["weight"] = losses.weight(groups["weight_logit"]).numpy()
     for group, name in (("gate_logit", "gate"), ("magnitude_logit", "magnitude")):

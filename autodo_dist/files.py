@@ -75,3 +75,21 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise AutodoError(f"{path}: is no JSON object; restore it from a copy, or delete its folder")
     return value
+
+
+def read_json_lines(path: Path) -> list[dict[str, Any]]:
+    """The JSON objects of a file, one a line, as far as they are whole: a run may be writing the last. [] for no file.
+
+    AutodoError if the file cannot be read.
+    """
+    try:
+        text = path.read_text(encoding="utf-8", errors="replace")
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise AutodoError(f"{path}: cannot be read ({error.strerror}); restore it from a copy") from error
+    found = []
+    for line in text.splitlines():
+        with suppress(ValueError, TypeError):
+            found.append(dict(json.loads(line)))
+    return found

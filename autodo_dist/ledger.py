@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from autodo_dist.errors import AutodoError
+from autodo_dist.files import read_json_lines
 
 NAME = "ledger.jsonl"
 START = ("imports", "rendezvous", "build", "restore")
@@ -46,19 +47,7 @@ def add(folder: Path, event: Event) -> None:
 
 def read(folder: Path) -> list[Event]:
     """All events, oldest first; a line that was broken off is passed over. Empty where there is no ledger."""
-    try:
-        lines = (folder / NAME).read_text(encoding="utf-8").splitlines()
-    except FileNotFoundError:
-        return []
-    except OSError as error:
-        raise AutodoError(f"{folder / NAME}: cannot be read ({error.strerror}); restore it from a copy") from error
-    events = []
-    for line in lines:
-        try:
-            events.append(dict(json.loads(line)))
-        except (ValueError, TypeError):
-            continue
-    return events
+    return read_json_lines(folder / NAME)
 
 
 def started(events: Sequence[Event], which: str) -> Event | None:

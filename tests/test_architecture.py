@@ -35,7 +35,7 @@ ALLOWED = {
     "autodo_dist.models": ("autodo_dist.errors", "autodo_dist.wide_resnet"),
     "autodo_dist.wide_resnet": (),
     "autodo_dist.heartbeat": (),
-    "autodo_dist.ledger": ("autodo_dist.errors",),
+    "autodo_dist.ledger": ("autodo_dist.errors", "autodo_dist.files"),
     "autodo_dist.stop": (),
     "autodo_dist.metrics": (
         "autodo_dist.files",

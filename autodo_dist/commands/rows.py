@@ -13,8 +13,6 @@ import typer
 from autodo_dist.errors import AutodoError
 
 if TYPE_CHECKING:  # they import torch, which the other commands can do without
-    import torch
-
     from autodo_dist.data.order import Ids
     from autodo_dist.data.split import Split
     from autodo_dist.hyperparameters import Layout
@@ -51,34 +49,20 @@ def parse_ids(words: str) -> list[tuple[int, int]]:
 
 def read_rows(run: Path, spans: Sequence[tuple[int, int]], step: int | None, data: Path | str | None) -> dict[str, Any]:
     """What a checkpoint holds of the samples whose ids are in the spans; see `text` for how it is shown."""
-    import torch
-
-    from autodo_dist import build, build_data, run_folder
+    from autodo_dist.learnt import open_source
     from autodo_dist.parallel import checkpoint
-    from autodo_dist.parallel.checkpoint_rows import RowReader, find_checkpoint
     from autodo_dist.parallel.row_table import find
 
-    config = run_folder.read_config(run)
-    if not config.learn.anything:
-        raise AutodoError(f"run {run}: learns nothing of its samples (learn.augment, weight, soft_label are all off)")
-    path = find_checkpoint(run / "checkpoints", step)
-    manifest = build_data.read_data(config, data)
-    run_folder.check_same_data(run, manifest.place, manifest.checksum, config.data.split)
-    split = build_data.build_split(config, manifest)
+    source = open_source(run, step, data)
+    reader, layout, split, manifest = source.reader, source.layout, source.split, source.manifest
     ids = expand(spans, split)
-    layout = build.build_layout(config, len(manifest.classes))
-    reader = RowReader(path)
     learnt = describe(reader, layout, find(split.train, ids), manifest.classes)
-    shared = None
-    if layout.augment == "shared":
-        logits = reader.rows("hyper.shared.value", torch.arange(2 * len(layout.operations)).numpy())
-        shared = augmentation(layout.operations, *logits.double().chunk(2))
     named = [
         {"id": id_, "key": manifest.keys[id_].as_py(), "given_label": manifest.classes[split.label_N[id_]]} | row
         for id_, row in zip(ids.tolist(), learnt, strict=True)
     ]
-    facts = {"checkpoint": str(path), "step": checkpoint.step_of(path), "bytes_read": reader.bytes_read}
-    return facts | {"rows_stored": len(split.train), "shared": shared, "rows": named}
+    facts = {"checkpoint": str(reader.path), "step": checkpoint.step_of(reader.path), "bytes_read": reader.bytes_read}
+    return facts | {"rows_stored": len(split.train), "shared": source.shared(), "rows": named}
 
 
 def expand(spans: Sequence[tuple[int, int]], split: Split) -> Ids:
@@ -95,20 +79,17 @@ def expand(spans: Sequence[tuple[int, int]], split: Split) -> Ids:
 
 def describe(reader: RowReader, layout: Layout, rows_n: Ids, classes: Sequence[str]) -> list[dict[str, Any]]:
     """What the table says of each of these rows; groups that are not learnt per sample are left out."""
-    import torch
-
+    from autodo_dist.learnt import augmentation
     from autodo_dist.method import losses
 
     if not layout.width:
         return [{} for _ in rows_n]
-    if reader.size("hyper.rows.value")[1] != layout.width:
-        raise AutodoError(f"checkpoint {reader.path}: its rows have not the {layout.width} values of config.yaml")
     groups = layout.split(reader.rows("hyper.rows.value", rows_n).double())
     columns: dict[str, list[Any]] = {}
     if "weight_logit" in groups:
         columns["weight"] = losses.weight(groups["weight_logit"]).tolist()
     if "soft_logit" in groups:
-        top = torch.softmax(groups["soft_logit"], 1).topk(min(LIKELIEST, layout.classes))
+        top = groups["soft_logit"].softmax(1).topk(min(LIKELIEST, layout.classes))
         pairs = zip(top.indices.tolist(), top.values.tolist(), strict=True)
         columns["soft_label"] = [{classes[k]: p for k, p in zip(*pair, strict=True)} for pair in pairs]
     if "gate_logit" in groups:
@@ -117,14 +98,6 @@ def describe(reader: RowReader, layout: Layout, rows_n: Ids, classes: Sequence[s
     columns["last_hyper_step"] = reader.rows("hyper.rows.touched", rows_n).tolist()
     columns["second_moment_norm"] = reader.rows("hyper.rows.second_moment", rows_n).double().norm(dim=1).tolist()
     return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
-
-
-def augmentation(
-    operations: Sequence[str], gate_K: torch.Tensor, magnitude_K: torch.Tensor
-) -> dict[str, dict[str, float]]:
-    """Gate probability and magnitude (a share of the range) of each operation, from their logits."""
-    values = zip(gate_K.sigmoid().tolist(), magnitude_K.sigmoid().tolist(), strict=True)
-    return {name: {"probability": p, "magnitude": m} for name, (p, m) in zip(operations, values, strict=True)}
 
 
 def text(found: dict[str, Any]) -> str:
