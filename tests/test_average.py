@@ -42,7 +42,7 @@ def averaging(digits: Path, folder: Path, **changes: Any) -> dict[str, Any]:
 
 @pytest.mark.parametrize(("ranks", "model"), [(1, "convnet"), (2, "resnet18")])
 def test_a_resume_is_bit_exact(pool: RankPool, digits: Path, tmp_path: Path, ranks: int, model: str) -> None:
-    changes = {"model__name": model, "data__image_size": 16}
+    changes = {"model__name": model, "train__batch_size": 20, "train__steps_per_pass": 6}
     tree = averaging(digits, tmp_path / "broken", **changes)
     unbroken = pool.run(ranks, run_train, averaging(digits, tmp_path / "unbroken", **changes))[0]
     broken = pool.run(ranks, run_train, tree)[0]

@@ -41,7 +41,7 @@ def settings(digits: Path, folder: Path, **changes: Any) -> dict[str, Any]:
         "run": {"root": str(folder), "name": "run"},
         "data": {
             "root": str(digits),
-            "image_size": 32,
+            "image_size": 16,
             "crop": "padded",
             "flip": False,
             "imbalance_ratio": 10,

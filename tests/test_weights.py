@@ -117,6 +117,6 @@ def test_an_export_is_a_start_and_is_not_asked_for_at_a_resume(digits: Path, tmp
 
 def test_pictures_that_a_model_does_not_take_are_named(digits: Path, tmp_path: Path) -> None:
     config = check_config(settings(digits, tmp_path, model__name="inception_v3"), "test")
-    words = r"'inception_v3': does not take pictures of 32 x 32 pixels .*set data\.image_size"
+    words = r"'inception_v3': does not take pictures of 16 x 16 pixels .*set data\.image_size"
     with pytest.raises(AutodoError, match=words):
         build_classifier(config, 10, CPU)
