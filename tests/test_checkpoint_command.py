@@ -71,16 +71,18 @@ def test_list(run: Path) -> None:
     (of(run, 30) / "__0_0.distcp").unlink()
     of(run, 10).rename(of(run, 10).with_suffix(".broken"))
     shutil.copytree(of(run, 20), of(run, 60).with_suffix(".partial"))
+    shutil.copytree(of(run, 50), of(run, 50).with_suffix(".replaced"))
     head, _, *rows = said("list", run).splitlines()
-    assert head == f"{run}/checkpoints: 4 checkpoints, 2 partial or broken"
-    assert [row.split()[0] for row in rows] == ["20", "30", "40", "50", "10", "60"]
+    assert head == f"{run}/checkpoints: 4 checkpoints, 3 partial, replaced or broken"
+    assert [row.split()[0] for row in rows] == ["20", "30", "40", "50", "10", "50", "60"]
     size = sum(file.stat().st_size for file in of(run, 20).iterdir())
     assert re.match(rf" +20 +2 +{size:,}  20\d\d-\d\d-\d\d \d\d:\d\d:\d\d  complete, best by validation$", rows[0])
     assert rows[1].endswith("broken: __0_0.distcp is unreadable (No such file or directory)")
     assert rows[2].endswith("complete")
     assert rows[3].endswith("complete, newest")
     assert rows[4].endswith("renamed as broken")
-    assert rows[5].endswith("left by a save that broke off, or being written")
+    assert rows[5].endswith("its step was saved again; the next start takes it back where that is not there")
+    assert rows[6].endswith("left by a save that broke off, or being written")
 
 
 def test_verify(run: Path) -> None:

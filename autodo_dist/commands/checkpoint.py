@@ -35,7 +35,7 @@ def list_(run: Run) -> None:
     found = checkpoint.complete(root)
     left = sorted(path for path in root.glob("step-*") if path.suffix in LEFT)
     best = best_step(run)
-    typer.echo(f"{root}: {len(found)} checkpoints" + (f", {len(left)} partial or broken" if left else ""))
+    typer.echo(f"{root}: {len(found)} checkpoints" + (f", {len(left)} partial, replaced or broken" if left else ""))
     typer.echo(f"{'step':>10} {'epoch':>6} {'bytes':>16}  {'saved':19}  state")
     for path in found:
         typer.echo(describe(path, best, newest=path == found[-1]))
