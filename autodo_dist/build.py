@@ -18,6 +18,7 @@ from autodo_dist.build_data import (
     build_split,
     check_sizes,
     check_split,
+    choose_kept,
     keep_shards,
     operations,
 )
@@ -25,6 +26,7 @@ from autodo_dist.build_engine import build_engine
 from autodo_dist.compiling import compile_encoder
 from autodo_dist.config import Config
 from autodo_dist.data.manifest import Manifest, check_files
+from autodo_dist.data.order import Ids
 from autodo_dist.data.split import Split
 from autodo_dist.errors import AutodoError
 from autodo_dist.hyperparameters import Hyperparameters, Layout
@@ -50,8 +52,9 @@ AUTOCAST = {"fp32": None, "fp64": None, "bf16": torch.bfloat16, "fp16": torch.fl
 class Hyper:
     """The learnt hyperparameters and how a hyper step is made.
 
-    lr: a function of the steps of the hyper passes, or of the task passes where `way` is shared. valid_grad_CD: the
-    validation gradient, renewed in place every `validation_every` hyper steps.
+    lr: a function of the steps of the hyper passes, or of the task passes where `way` is shared. kept: samples whose
+    rows are kept over time. valid_grad_CD: the validation gradient, renewed in place every `validation_every` hyper
+    steps.
     """
 
     parameters: Hyperparameters
@@ -60,6 +63,7 @@ class Hyper:
     lr: Callable[[int], float]
     start_epoch: int
     validation_every: int
+    kept: Ids
     valid_grad_CD: torch.Tensor
 
 
@@ -224,6 +228,7 @@ def build_hyper(
         lr=functools.partial(schedule, peak=hyper.lr),
         start_epoch=hyper.start_epoch,
         validation_every=hyper.validation_every,
+        kept=choose_kept(split.train, config.history.samples, config.history.ids, config.train.seed),
         valid_grad_CD=torch.zeros(head.out_features, head.in_features + 1, dtype=dtype, device=ranks.device),
     )
 

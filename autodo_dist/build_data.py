@@ -100,6 +100,21 @@ def check_sizes(config: Config, pictures: int, ranks: int) -> None:
         )
 
 
+def choose_kept(train: Ids, samples: int, wanted: tuple[int, ...], seed: int) -> Ids:
+    """The ids whose rows are kept, sorted: the wanted ones, and so many drawn from the sorted train ids.
+
+    AutodoError for a wanted id that is no train sample of the run.
+    """
+    unknown = np.setdiff1d(np.array(wanted, np.int64), train)
+    if len(unknown):
+        raise AutodoError(
+            f"history.ids: {unknown[0]} is none of the {len(train)} train samples of this run; leave it out, or choose "
+            "another (RUN/labels.csv of a finished run lists them)"
+        )
+    drawn = np.random.Generator(np.random.Philox(seed)).permutation(train)[:samples]
+    return np.union1d(drawn, np.array(wanted, np.int64))
+
+
 def operations(config: Config) -> tuple[str, ...]:
     """The learnt operations; none where augmentation is not learnt."""
     if config.learn.augment == "none":

@@ -12,11 +12,13 @@ from pydantic_core import PydanticUndefined
 from autodo_dist.commands import checkpoint, pack
 from autodo_dist.commands.doctor import doctor
 from autodo_dist.commands.evaluate import evaluate
+from autodo_dist.commands.explain import explain
 from autodo_dist.commands.goodput import goodput
 from autodo_dist.commands.plan import plan
 from autodo_dist.commands.prove import prove_resume
 from autodo_dist.commands.rows import rows
 from autodo_dist.commands.split import split
+from autodo_dist.commands.watch import watch
 from autodo_dist.config import settings as all_settings
 from autodo_dist.errors import AutodoError
 from autodo_dist.load_config import load_config
@@ -35,8 +37,10 @@ app.command()(plan)
 app.command()(doctor)
 app.command()(prove_resume)
 app.command()(rows)
+app.command()(explain)
 app.command()(split)
 app.command()(goodput)
+app.command()(watch)
 
 
 @app.command()

@@ -38,12 +38,14 @@ FREE_AT_RESUME = (
     "data.most_dropped",
     "train.accumulate",
     "train.log_every",
+    "train.tensorboard",
     "train.hang_after",
     "train.on_nonfinite",
     "train.most_rollbacks",
     "engine",  # a checkpoint holds the same whatever trained it
     "optim.implementation",
     "checkpoint",
+    "history",
     "launch",
     "hyper.most_bad_rows",
 )
@@ -355,6 +357,9 @@ class Train(Section):
         None, gt=0, lt=1, description="d: evaluate the average w̄ <- d·w̄ + (1 - d)·w over task steps instead of w"
     )
     log_every: int = Field(20, ge=1, description="steps between lines of metrics.jsonl")
+    tensorboard: bool = Field(
+        False, description="also write the numbers of metrics.jsonl as curves for TensorBoard, in RUN/tensorboard"
+    )
     evaluate_every: int = Field(1, ge=1, description="epochs between evaluations; the last epoch is always evaluated")
     hang_after: float = Field(
         60.0,
@@ -447,6 +452,19 @@ class Checkpoint(Section):
     keep: int = Field(2, ge=1, description="newest checkpoints kept, beside the best by validation")
 
 
+class History(Section):
+    samples: int = Field(
+        16,
+        ge=0,
+        description="train samples, drawn by train.seed, whose rows history.jsonl keeps over time, a line of 1 KB "
+        "each; 0: none",
+    )
+    ids: tuple[Annotated[int, Field(ge=0)], ...] = Field((), description="ids of train samples that are kept as well")
+    every: int = Field(
+        1, ge=1, description="epochs between their lines; 1: `autodo explain` can replay every epoch to the bit"
+    )
+
+
 class Launch(Section):
     executor: Literal["local", "slurm"] = Field("local", description="local: processes of this machine")
     nodes: int = Field(1, ge=1, description="machines")
@@ -503,6 +521,7 @@ class Config(Section):
     learn: Learn = Learn()
     hyper: Hyper = Hyper()
     checkpoint: Checkpoint = Checkpoint()
+    history: History = History()
     launch: Launch = Launch()
 
     @model_validator(mode="before")

@@ -49,6 +49,10 @@ def check_consistent(config: Config) -> None:
         )
     check_optimizer(config)
     if not learn.anything:
+        if config.history.ids:
+            raise AutodoError(
+                "history.ids: nothing is learnt of any sample, so there are no rows to keep; leave it out"
+            )
         return
     if hyper.start_epoch >= epochs:
         raise AutodoError(

@@ -193,6 +193,11 @@ class Hyperparameters:
         small, changed = (self.ranks.sum(counts) / max(1, len(self.table.ids))).tolist()
         return {"weights_below_half": small, "changed_labels": changed}
 
+    def look_up(self, ids_n: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The rows (n × P) of some samples between two steps, and the hyper step that last changed each; on the CPU."""
+        self.rest()
+        return self._fetch(ids_n).cpu(), self.table.last_updates(ids_n).cpu()
+
     def table_of_labels(self) -> list[tuple[int, int, float, int, float]]:
         """On rank 0, for every train sample: id, given label, weight, suggested label and its probability."""
         self.rest()

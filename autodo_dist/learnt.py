@@ -26,6 +26,7 @@ from autodo_dist.hyperparameters import Layout
 from autodo_dist.method import losses
 from autodo_dist.parallel.checkpoint_rows import RowReader, find_checkpoint
 
+LIKELIEST = 3  # labels of a soft label that are shown
 BLOCK = 1 << 24  # bytes of the table that are in memory together, beside what is made of them
 
 Numbers = npt.NDArray[np.float32]
@@ -95,6 +96,32 @@ def augmentation(
     """Gate probability and magnitude (a share of the range) of each operation, from their logits."""
     values = zip(gate_K.sigmoid().tolist(), magnitude_K.sigmoid().tolist(), strict=True)
     return {name: {"probability": p, "magnitude": m} for name, (p, m) in zip(operations, values, strict=True)}
+
+
+def readable(
+    layout: Layout, values_nP: torch.Tensor, given_n: Labels, updated_n: torch.Tensor, classes: Sequence[str]
+) -> list[dict[str, Any]]:
+    """What stored rows say: weight, likeliest labels and the given one's probability, augmentation, last hyper step.
+
+    Groups that are not learnt per sample are left out.
+    """
+    if not layout.width:
+        return [{} for _ in given_n]
+    groups = layout.split(values_nP.double())
+    columns: dict[str, list[Any]] = {}
+    if "weight_logit" in groups:
+        columns["weight"] = losses.weight(groups["weight_logit"]).tolist()
+    if "soft_logit" in groups:
+        soft_nC = groups["soft_logit"].softmax(1)
+        top = soft_nC.topk(min(LIKELIEST, layout.classes))
+        pairs = zip(top.indices.tolist(), top.values.tolist(), strict=True)
+        columns["soft_label"] = [{classes[k]: p for k, p in zip(*pair, strict=True)} for pair in pairs]
+        columns["given_probability"] = soft_nC[range(len(given_n)), given_n.tolist()].tolist()
+    if "gate_logit" in groups:
+        both = zip(groups["gate_logit"], groups["magnitude_logit"], strict=True)
+        columns["augment"] = [augmentation(layout.operations, *logits) for logits in both]
+    columns["last_hyper_step"] = updated_n.tolist()
+    return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
 
 
 def open_source(run: Path, step: int | None = None, data: Path | str | None = None) -> Source:

@@ -25,8 +25,8 @@ T = TypeVar("T")
 log = logging.getLogger(__name__)
 
 
-class MetricsFile:
-    """metrics.jsonl, one JSON object a line. `lines` counts them, so that a resume can cut off what came after.
+class LineFile:
+    """A file of the run with one JSON object a line. `lines` counts them, so that a resume cuts off what came after.
 
     What a full disk does not take is kept and written with a later line.
     """

@@ -6,13 +6,31 @@ import logging
 from typing import Any
 
 from autodo_dist import run_folder
+from autodo_dist.build import Parts
+from autodo_dist.config import Config
+from autodo_dist.curves import Curves
 from autodo_dist.evaluate import evaluate
-from autodo_dist.files import write_json
-from autodo_dist.metrics import Interval, peak_memory
-from autodo_dist.run import Run
+from autodo_dist.files import read_json_lines, write_json
+from autodo_dist.history import History
+from autodo_dist.metrics import Interval, LineFile, peak_memory
+from autodo_dist.parallel.comm import Ranks
+from autodo_dist.progress import Progress
+from autodo_dist.run import Record, Run
 from autodo_dist.steps import FIGURES
 
 log = logging.getLogger(__name__)
+
+
+def open_record(config: Config, parts: Parts, progress: Progress, ranks: Ranks) -> Record:
+    """Open what this run writes down, where `progress` left off."""
+    folder, hyper, rows = config.folder, parts.hyper, None
+    if hyper is not None and len(hyper.kept):
+        rows = History(folder, hyper.kept, parts.manifest.classes, progress.epoch, ranks.main)
+    if not ranks.main:
+        return Record(None, None, rows)
+    metrics = LineFile(folder / "metrics.jsonl", progress.lines)
+    lines = read_json_lines(folder / "metrics.jsonl")
+    return Record(metrics, Curves(folder, progress.step, lines) if config.train.tensorboard else None, rows)
 
 
 def write_line(run: Run, interval: Interval, last: bool) -> None:
@@ -45,8 +63,8 @@ def write_line(run: Run, interval: Interval, last: bool) -> None:
         "data_wait_share": max(waits),
         "peak_memory_bytes": max(memories),
     }
-    if run.metrics is not None:
-        run.metrics.write(row)
+    if run.ranks.main:
+        run.record.write(row)
         name = "loss" if progress.pass_ == "task" else "cosine"
         value = f"{name} {row[name]:.4f}" if name in row else "left out"
         log.info("%s step %d: %s, %.0f images/s", progress.pass_, progress.step, value, row["images_per_second"])
@@ -73,8 +91,8 @@ def evaluate_parts(run: Run) -> None:
         progress.best = row
     if row["test_accuracy"] is not None:
         progress.best_test = max(row["test_accuracy"], progress.best_test or 0.0)
-    if run.metrics is not None:
-        run.metrics.write(row)
+    if run.ranks.main:
+        run.record.write(row)
         log.info(
             "epoch %d of %d: accuracy on validation %s, on test %s",
             progress.epoch + 1,
@@ -95,6 +113,15 @@ def note_dropped(run: Run) -> None:
     found = {id_: why for part in run.ranks.gather(dropped.why) for id_, why in part.items()}
     count = run_folder.write_dropped(run.config.folder, found, run.parts.manifest) if run.ranks.main else 0
     dropped.check(run.ranks.from_main(count))
+
+
+def note_rows(run: Run) -> None:
+    """Keep rows at the end of an epoch in which they were learnt, where that is due. Every rank must call this."""
+    hyper, rows, epoch = run.parts.hyper, run.record.history, run.progress.epoch + 1
+    if hyper is None or rows is None or epoch <= hyper.start_epoch:
+        return
+    if epoch % run.config.history.every == 0 or epoch == run.config.train.epochs:
+        rows.note(hyper.parameters, run.progress.step, epoch)
 
 
 def summarise(run: Run) -> None:

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from autodo_dist import heartbeat, stop
 from autodo_dist.build import Parts
 from autodo_dist.config import Config
+from autodo_dist.curves import Curves
 from autodo_dist.data.loader import Batch
-from autodo_dist.metrics import Clock, MetricsFile, ProgressBar
+from autodo_dist.history import History
+from autodo_dist.metrics import Clock, LineFile, ProgressBar
 from autodo_dist.nonfinite import Watch
 from autodo_dist.parallel.agreement import Agreement
 from autodo_dist.parallel.checkpoint_save import Saver
@@ -18,6 +21,32 @@ from autodo_dist.parallel.comm import Ranks
 from autodo_dist.progress import Progress
 from autodo_dist.run_lock import Lock
 from autodo_dist.steps import Trained
+
+
+@dataclass
+class Record:
+    """What a run writes down while it goes on: rank 0's metrics and curves, and rows over time. None: not written."""
+
+    metrics: LineFile | None
+    curves: Curves | None
+    history: History | None
+
+    @property
+    def lines(self) -> int:
+        """Lines of metrics so far, which a checkpoint counts; 0 on other ranks than 0."""
+        return self.metrics.lines if self.metrics is not None else 0
+
+    def write(self, row: dict[str, Any]) -> None:
+        """Add a line of metrics, and its points to the curves."""
+        for file in (self.metrics, self.curves):
+            if file is not None:
+                file.write(row)
+
+    def close(self) -> None:
+        """Close all files."""
+        for file in (self.metrics, self.curves, self.history):
+            if file is not None:
+                file.close()
 
 
 @dataclass
@@ -30,7 +59,7 @@ class Run:
     progress: Progress
     sums: torch.Tensor
     clock: Clock
-    metrics: MetricsFile | None  # rank 0's
+    record: Record
     bar: ProgressBar
     watch: Watch
     lock: Lock

@@ -4,10 +4,13 @@ runs/NAME/
   config.yaml         every setting, resolved
   environment.json    checksums of data set and split; of each start: git commit, versions, hosts, ranks
   metrics.jsonl       a line every train.log_every steps and every evaluation
+  history.jsonl       rows of a few samples at the ends of epochs, see history.py
+  tensorboard/        with train.tensorboard: the numbers of metrics.jsonl as curves, see curves.py
   checkpoints/        see parallel/checkpoint.py
   logs/               plain lines, a file a rank
   slurm.json          under Slurm: the last job; its script and ranks' output are in submitit/, its code in code-…/
   lock.1.json         while a run is under way: who holds the folder, see run_lock.py
+  ranks/              while a run is under way: where each rank is, see launcher/warden.py
   nonfinite.jsonl     with train.on_nonfinite=rollback: batches that were left out, see nonfinite.py
   dropped.csv         with data.on_error=skip: pictures that do not decode
   labels.csv          what was learnt of each train sample: weight, suggested label, its probability

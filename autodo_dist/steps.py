@@ -14,6 +14,7 @@ from autodo_dist.data.loader import Batch
 from autodo_dist.errors import AutodoError
 from autodo_dist.method.hypergrad import (
     Hypergradient,
+    Pictures,
     Rows,
     augmented,
     hypergradient,
@@ -51,9 +52,9 @@ class Piece:
     leaves: list[torch.Tensor]
     last: bool
 
-    def augmented(self, parts: Parts) -> torch.Tensor:
+    def augmented(self, pictures: Pictures) -> torch.Tensor:
         """The pictures as the model gets them."""
-        return augmented(self.images_BCHW, self.rows, self.draws_BD, parts.pictures)
+        return augmented(self.images_BCHW, self.rows, self.draws_BD, pictures)
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,7 @@ def task_step(parts: Parts, batch: Batch, done: int, ranks: Ranks) -> Trained:
     rows = parts.hyper.parameters.fetch(batch.ids_B, batch.next_ids_B) if parts.hyper is not None else Rows()
     weight_B, trained = weights_of(parts, batch, rows, ranks), []
     seed_dropout(parts, done, ranks)
-    for piece in pieces(parts, batch, rows):
+    for piece in pieces(parts.accumulate, parts.dtype, batch, rows):
         forward = train_forward(parts, piece, weight_B, ranks)
         parts.engine.backward(forward.loss)
         trained.append(forward.trained)
@@ -86,14 +87,14 @@ def hyper_step(parts: Parts, hyper: Hyper, batch: Batch, lr: float, step: int, r
     time. Gives FIGURES. Every rank must call this.
     """
     rows = hyper.parameters.fetch(batch.ids_B, batch.next_ids_B)
-    cut = pieces(parts, batch, rows, learnt=True)
+    cut = pieces(parts.accumulate, parts.dtype, batch, rows, learnt=True)
     with torch.set_grad_enabled(len(cut) == 1 and bool(cut[0].leaves)):
-        features = [parts.engine.encode(piece.augmented(parts)) for piece in cut]
+        features = [parts.engine.encode(piece.augmented(parts.pictures)) for piece in cut]
     found = at_head(parts, hyper, features, batch, rows, ranks)
     gates = []
     for piece, features_BD in zip(cut, features, strict=True):
         if piece.leaves:
-            again = features_BD if len(cut) == 1 else parts.engine.encode(piece.augmented(parts))
+            again = features_BD if len(cut) == 1 else parts.engine.encode(piece.augmented(parts.pictures))
             grad_BD = found.feature_grad_BD[piece.place]
             gates.append(torch.autograd.grad(again, piece.leaves, grad_outputs=grad_BD))
     hyper.parameters.apply_grads(batch.ids_B, found.rows(joined(gates)), lr=lr, step=step)
@@ -108,7 +109,8 @@ def shared_step(parts: Parts, hyper: Hyper, batch: Batch, done: int, lr: float, 
     alone; with BatchNorm's batch statistics it is an approximation. Every rank must call this.
     """
     rows = hyper.parameters.fetch(batch.ids_B, batch.next_ids_B)
-    cut, weight_B = pieces(parts, batch, rows, learnt=True), weights_of(parts, batch, rows, ranks)
+    cut = pieces(parts.accumulate, parts.dtype, batch, rows, learnt=True)
+    weight_B = weights_of(parts, batch, rows, ranks)
     exact = bool(cut[0].leaves) and hyper.solve.solver != "fisher"
     found = None
     if exact and len(cut) > 1:
@@ -135,9 +137,9 @@ def shared_step(parts: Parts, hyper: Hyper, batch: Batch, done: int, lr: float, 
     return replace(trained, figures=trained.figures + figures_of(found))
 
 
-def pieces(parts: Parts, batch: Batch, rows: Rows, learnt: bool = False) -> list[Piece]:
+def pieces(count: int, dtype: torch.dtype, batch: Batch, rows: Rows, learnt: bool = False) -> list[Piece]:
     """A rank's part of a batch, cut. AutodoError where dropped pictures left fewer than there are to be pieces."""
-    count, images_BCHW = parts.accumulate, batch.images_BCHW.to(parts.dtype)
+    images_BCHW = batch.images_BCHW.to(dtype)
     if len(batch) < count:
         raise AutodoError(
             f"train.accumulate = {count}: {len(batch)} pictures of this rank's part of a batch are left, the others "
@@ -166,7 +168,7 @@ def look_ahead(parts: Parts, cut: Sequence[Piece], done: int, ranks: Ranks) -> l
     """The features that the step's forwards are going to give. BatchNorm's running statistics stay as they are."""
     kept = [buffer.clone() for buffer in parts.model.buffers()]
     seed_dropout(parts, done, ranks)
-    features: list[torch.Tensor] = [parts.model(piece.augmented(parts))[0] for piece in cut]
+    features: list[torch.Tensor] = [parts.model(piece.augmented(parts.pictures))[0] for piece in cut]
     for buffer, value in zip(parts.model.buffers(), kept, strict=True):
         buffer.copy_(value)
     return features
@@ -240,7 +242,7 @@ def weights_of(parts: Parts, batch: Batch, rows: Rows, ranks: Ranks) -> torch.Te
 
 def train_forward(parts: Parts, piece: Piece, weight_B: torch.Tensor, ranks: Ranks) -> Forward:
     """The model's forward in train mode, and the weighted loss; `weight_B` are those of the rank's whole part."""
-    features_BD, logits_BC = parts.engine.forward(piece.augmented(parts), piece.last)
+    features_BD, logits_BC = parts.engine.forward(piece.augmented(parts.pictures), piece.last)
     objective = parts.objective
     loss_B = sample_loss(objective.loss, logits_BC, piece.labels_B, piece.rows.soft_logit, objective.smoothing)
     loss = (weight_B[piece.place] * loss_B).sum()

@@ -13,7 +13,7 @@ import psutil
 import torch
 from rich.console import Console
 
-from autodo_dist import engine_settings, heartbeat, ledger, nonfinite, run_folder, run_lock
+from autodo_dist import curves, engine_settings, heartbeat, ledger, nonfinite, run_folder, run_lock
 from autodo_dist.build import Parts, build, check_device, choose_device
 from autodo_dist.build_data import read_data
 from autodo_dist.config import Config
@@ -21,7 +21,7 @@ from autodo_dist.data.loader import Batch, Loader, endless
 from autodo_dist.data.manifest import Manifest
 from autodo_dist.errors import AutodoError
 from autodo_dist.ledger import START
-from autodo_dist.metrics import Clock, Interval, MetricsFile, ProgressBar, console
+from autodo_dist.metrics import Clock, Interval, ProgressBar, console
 from autodo_dist.nonfinite import Fault, NotFinite, Watch
 from autodo_dist.optimizers import optimizer_class
 from autodo_dist.parallel import checkpoint, comm
@@ -29,7 +29,7 @@ from autodo_dist.parallel.agreement import Agreement
 from autodo_dist.parallel.checkpoint_save import Saver
 from autodo_dist.parallel.comm import Ranks
 from autodo_dist.progress import Progress, resume, tensors
-from autodo_dist.record import evaluate_parts, summarise, write_line
+from autodo_dist.record import evaluate_parts, note_rows, open_record, summarise, write_line
 from autodo_dist.run import Run
 from autodo_dist.run_lock import Lock
 from autodo_dist.steps import hyper_step, renew_validation, shared_step, task_step
@@ -50,6 +50,7 @@ def train(config: Config) -> bool:
     place = comm.place()
     engine_settings.check(config, place.ranks)
     optimizer_class(config.optim)  # what is not installed is said before data is touched
+    curves.check(config.train.tensorboard)
     device = choose_device(config.train.device, place.local_rank)
     check_device(config, device)
     manifest = read_data(config)
@@ -99,18 +100,19 @@ def attempt(
     clock.lap("restore")
     parts_of_start = [f"{phase} {clock.seconds[phase]:.1f} s" for phase in START if phase in clock.seconds]
     log.info("started: %s", ", ".join(parts_of_start))
-    note_start(config, progress, clock, ranks)
+    total = total_steps(config, parts, progress)
+    note_start(config, parts, progress, total, clock, ranks)
     clock.carry(progress.seconds)
-    metrics = MetricsFile(config.folder / "metrics.jsonl", progress.lines) if ranks.main else None
     watch = Watch(parts.engine.norm, ranks)
     with (
         contextlib.closing(parts.loaders.task.shards),
         contextlib.closing(parts.engine),
+        contextlib.closing(open_record(config, parts, progress, ranks)) as record,
         Saver(config.folder / "checkpoints", ranks) as saver,
-        ProgressBar(screen, total_steps(config, parts), progress.step) as bar,
+        ProgressBar(screen, total, progress.step) as bar,
     ):
         agreement = Agreement(ranks)
-        run = Run(config, ranks, parts, progress, sums, clock, metrics, bar, watch, lock, saver, agreement)
+        run = Run(config, ranks, parts, progress, sums, clock, record, bar, watch, lock, saver, agreement)
         try:
             ended = to_the_end(run)
         except NotFinite as found:
@@ -122,7 +124,7 @@ def attempt(
     return ended
 
 
-def note_start(config: Config, progress: Progress, clock: Clock, ranks: Ranks) -> None:
+def note_start(config: Config, parts: Parts, progress: Progress, total: int, clock: Clock, ranks: Ranks) -> None:
     """Add a start to the run's ledger, with the steps that it does again; done by rank 0."""
     if not ranks.main:
         return
@@ -135,6 +137,9 @@ def note_start(config: Config, progress: Progress, clock: Clock, ranks: Ranks) -
         "time": now,
         "silent_since": metrics.stat().st_mtime if metrics.is_file() else begun,
         "step": progress.step,
+        "epoch": progress.epoch,
+        "pass_steps": parts.loaders.task.steps,
+        "total_steps": total,
         "ranks": ranks.ranks,
         "seconds": {phase: seconds for phase, seconds in clock.seconds.items() if phase in START},
         "kept": progress.seconds,
@@ -196,6 +201,7 @@ def loop(run: Run) -> None:
         shared_pass(run) if learning(run, "shared") else task_pass(run)
         if (progress.epoch + 1) % run.config.train.evaluate_every == 0 or progress.epoch + 1 == epochs:
             evaluate_parts(run)  # a stop on the way saves the epoch's last step, and a resume begins here
+        note_rows(run)
         progress.epoch, progress.pass_, progress.position = progress.epoch + 1, "hyper", 0
         save(run)
     finish_saving(run)
@@ -309,7 +315,7 @@ def save(run: Run) -> None:
         run.lock.check()
         run.parts.share_buffers()
         progress.sums = run.ranks.gather(run.sums.tolist())
-        progress.lines = run.metrics.lines if run.metrics is not None else 0
+        progress.lines = run.record.lines
         progress.seconds = dict(run.clock.seconds)
         run.saver.save(
             progress.step,
@@ -329,8 +335,11 @@ def finish_saving(run: Run) -> None:
         raise AutodoError(f"{fault}; free space or mend the disk, then run the same command again")
 
 
-def total_steps(config: Config, parts: Parts) -> int:
-    """Steps of all passes of the run."""
+def total_steps(config: Config, parts: Parts, progress: Progress) -> int:
+    """Steps of all passes at the run's end, those up to `progress` counted as they were made."""
+    epochs, done = config.train.epochs, progress.epoch
     separate = parts.hyper is not None and parts.hyper.way == "separate"
-    hyper_epochs = config.train.epochs - config.hyper.start_epoch if separate else 0
-    return config.train.epochs * parts.loaders.task.steps + hyper_epochs * parts.loaders.hyper.steps
+    hyper_from = max(config.hyper.start_epoch, done + (progress.pass_ == "task"))
+    hyper_epochs = max(0, epochs - hyper_from) if separate else 0
+    begun = progress.step - progress.position
+    return begun + (epochs - done) * parts.loaders.task.steps + hyper_epochs * parts.loaders.hyper.steps

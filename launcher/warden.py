@@ -1,7 +1,8 @@
 """A small process beside every rank that sees it hang, says which rank it is, and has its stack written.
 
 It is forked before torch is loaded, and knows the rank by what it writes into shared memory (autodo_dist/heartbeat.py)
-and by /proc. Nothing is sent while all is well. Of a rank that ends without a word it records where that was.
+and by /proc. Of a rank that ends without a word it records where that was. While the rank lives it says every few
+seconds where it is, in RUN/ranks/rank-00002.json: `autodo watch` reads that, on whatever machine.
 
 In a collective all ranks wait for the one that does not come, so when a rank's limit has passed each warden writes
 RUN/errors/hang-00002.json, reads those of the others, and the rank that is stopped, or the least advanced, is the one
@@ -31,6 +32,7 @@ LOOK_S = 5.0  # in one phase, after which a warden looks whether others have fou
 STOPPED_S = 10.0  # that a rank may be stopped; its warden's own stops do not count
 GATHER_S = 5.0  # for all wardens to say where their ranks are
 STACK_S = 1.0  # for a stack to be written
+SIGN_S, SIGNS_A_SECOND = 5.0, 20  # between a rank's words in RUN/ranks, and at most those of all ranks on a shared disk
 # At the same step, which comes first; a rank that is behind in this order keeps the others waiting.
 _ORDER = {"evaluation": 0, "save": 1, "data": 2, "hyper": 3, "task": 3}
 
@@ -80,12 +82,23 @@ class Warden:
         self.errors = folder / "errors"
         self.attempt = ledger.attempt()
         self._last, self._count = time.monotonic(), -1
+        self._sign, self._signed = folder / "ranks" / f"rank-{rank:05d}.json", -float("inf")
+        self._inside = False  # of the loop, when it last said where the rank is
+        self.every = max(SIGN_S, ranks / SIGNS_A_SECOND)
         self.here = self.stopped = 0.0  # seconds: in the present phase, and stopped in it
 
     def watch(self) -> None:
         """Look until the rank ends, hangs, or another is found to."""
+        try:
+            self._watch()
+        finally:
+            with suppress(OSError):
+                self._sign.unlink()
+
+    def _watch(self) -> None:
         while self.lives():
             limit = self.look()
+            self.sign()
             late = self.here > limit or self.stopped > STOPPED_S
             if (late or (self.here > LOOK_S and limit < float("inf") and self.positions())) and self.tell():
                 return
@@ -113,6 +126,33 @@ class Warden:
         self.here += passed
         self.stopped = self.stopped + passed if state == "T" else 0.0
         return beat.limit
+
+    def sign(self) -> None:
+        """Say where the rank is, if that is due, or it has come to its loop: a small file, renamed into place.
+
+        No harm is done if the disk does not take it.
+        """
+        now, beat = time.monotonic(), self.heart.read()
+        if now - self._signed < self.every and (beat.step >= 0) == self._inside:
+            return
+        self._signed, self._inside = now, beat.step >= 0
+        word = {
+            "attempt": self.attempt,
+            "rank": self.rank,
+            "ranks": self.ranks,
+            "host": socket.gethostname(),
+            "pid": self.pid,
+            "phase": beat.phase,
+            "step": beat.step,
+            "seconds": self.here,
+            "memory_bytes": memory_of(self.pid),
+            "every": self.every,
+        }
+        with suppress(OSError):
+            self._sign.parent.mkdir(parents=True, exist_ok=True)
+            partial = self._sign.with_suffix(".partial")
+            partial.write_text(json.dumps(word) + "\n")
+            os.replace(partial, self._sign)
 
     def tell(self) -> bool:
         """Write where the rank is, and its stack, and kill it, after a record if it is the one that hangs.
@@ -149,6 +189,14 @@ class Warden:
             with suppress(OSError, ValueError, TypeError):  # it is being taken away
                 found.append(Position(**json.loads(path.read_text())))
         return [it for it in found if it.attempt == self.attempt]
+
+
+def memory_of(pid: int) -> int:
+    """Bytes of main memory that a process holds; 0 if it is gone."""
+    try:
+        return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except (OSError, IndexError, ValueError):
+        return 0
 
 
 def state_of(pid: int) -> str:

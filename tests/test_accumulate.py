@@ -111,7 +111,7 @@ def test_looking_ahead_sees_the_steps_features_and_leaves_no_trace(resnet: Confi
         parts.model.train()
         batch = first(parts.loaders.task, 1)[0]
         rows = parts.hyper.parameters.fetch(batch.ids_B)
-        cut = pieces(parts, batch, rows, learnt=True)
+        cut = pieces(parts.accumulate, parts.dtype, batch, rows, learnt=True)
         before = [buffer.clone() for buffer in parts.model.buffers()]
         ahead = look_ahead(parts, cut, 0, ranks)
         assert all(map(torch.equal, before, parts.model.buffers()))
@@ -130,7 +130,7 @@ def test_dropout_masks_are_the_same_ahead(digits: Path, tmp_path: Path) -> None:
         parts.model.train()
         batch = first(parts.loaders.task, 1)[0]
         assert parts.hyper is not None
-        cut = pieces(parts, batch, parts.hyper.parameters.fetch(batch.ids_B))
+        cut = pieces(parts.accumulate, parts.dtype, batch, parts.hyper.parameters.fetch(batch.ids_B))
         once, again = (torch.cat(look_ahead(parts, cut, 3, ranks)) for _ in range(2))
         assert torch.equal(once, again)
         assert not torch.equal(once, torch.cat(look_ahead(parts, cut, 4, ranks)))
@@ -211,7 +211,7 @@ def test_too_many_dropped_pictures_are_one_line(digits: Path, tmp_path: Path) ->
         few = replace(batch, images_BCHW=batch.images_BCHW[:3], labels_B=batch.labels_B[:3], ids_B=batch.ids_B[:3])
         assert parts.hyper is not None
         with pytest.raises(AutodoError, match=r"train\.accumulate = 4: 3 pictures .* lower it"):
-            pieces(parts, few, parts.hyper.parameters.fetch(few.ids_B))
+            pieces(parts.accumulate, parts.dtype, few, parts.hyper.parameters.fetch(few.ids_B))
 
 
 def test_uneven_pieces_hold_every_picture_once(digits: Path, tmp_path: Path) -> None:
@@ -228,7 +228,7 @@ def test_uneven_pieces_hold_every_picture_once(digits: Path, tmp_path: Path) -> 
         )
         assert parts.hyper is not None
         rows = parts.hyper.parameters.fetch(odd.ids_B)
-        cut: list[Piece] = pieces(parts, odd, rows)
+        cut: list[Piece] = pieces(parts.accumulate, parts.dtype, odd, rows)
         assert sorted(len(piece.labels_B) for piece in cut) == [3, 4, 4, 4]
         assert [piece.last for piece in cut] == [False, False, False, True]
         assert torch.equal(torch.cat([piece.images_BCHW for piece in cut]), odd.images_BCHW)

@@ -18,7 +18,7 @@ from ranks import RankPool
 
 from autodo_dist.errors import AutodoError
 from autodo_dist.method.rmsprop import Rmsprop
-from autodo_dist.metrics import MetricsFile
+from autodo_dist.metrics import LineFile
 from autodo_dist.parallel import checkpoint, checkpoint_save, comm
 from autodo_dist.parallel.checkpoint_header import read_header
 from autodo_dist.parallel.row_table import RowTable
@@ -36,7 +36,7 @@ def model_and_table(value: float, ranks: comm.Ranks) -> dict[str, Any]:
 def start_and_save(base: Path, step: int, value: float, keep_lines: int, ranks: comm.Ranks) -> None:
     """What a start and its first save do to the files of a run: lines of metrics and a checkpoint that counts them."""
     (base / "run").mkdir(parents=True, exist_ok=True)
-    metrics = MetricsFile(base / METRICS, keep_lines) if ranks.main else None
+    metrics = LineFile(base / METRICS, keep_lines) if ranks.main else None
     if metrics is not None:
         metrics.write({"step": step})
         metrics.write({"step": step, "value": value})

@@ -10,12 +10,12 @@ from pathlib import Path
 
 import pytest
 
-from autodo_dist.metrics import Clock, MetricsFile, console
+from autodo_dist.metrics import Clock, LineFile, console
 
 
 def test_lines_that_a_full_disk_does_not_take_come_later(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     path = tmp_path / "metrics.jsonl"
-    metrics = MetricsFile(path, 0)
+    metrics = LineFile(path, 0)
     metrics.write({"step": 1})
     disk = metrics._file
     with open("/dev/full", "ab", buffering=0) as metrics._file:
@@ -43,7 +43,7 @@ def test_a_line_that_was_half_taken_is_finished_later(tmp_path: Path) -> None:
             self.taken += part
             return len(part)
 
-    metrics = MetricsFile(tmp_path / "metrics.jsonl", 0)
+    metrics = LineFile(tmp_path / "metrics.jsonl", 0)
     metrics.close()
     metrics._file = half = Half()  # type: ignore[assignment]
     metrics.write({"step": 1})

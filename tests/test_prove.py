@@ -103,7 +103,7 @@ def test_five_kills_in_five_phases_change_no_bit(file: Path, tmp_path: Path) -> 
     assert all(each["hit"] is not None for each in kills)
     assert len(set(found["compared"]["digests"])) == 1
     assert found["compared"]["step"] == found["steps"] == 30
-    assert found["compared"]["files"] == ["labels.csv", "summary.json"]
+    assert found["compared"]["files"] == ["labels.csv", "history.jsonl", "summary.json"]
     assert [each["ranks"] for each in found["elastic"]["broken"]["kills"]] == [2, 1]
     assert found["elastic"]["depends"] == ""
     assert 0 <= found["elastic"]["losses"]["largest"] <= 1e-5

@@ -236,10 +236,10 @@ def test_shared_augmentation_and_weights(digits: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--ids", "1,x"], "'x' is neither an id nor a range; write e.g. --ids 3,17,40-45"),
-        (["--ids", ""], "neither an id nor a range"),
-        (["--ids", "3-"], "neither an id nor a range"),
-        (["--ids", "-3"], "neither an id nor a range"),
+        (["--ids", "1,x"], "'x' is neither a number nor a range; write e.g. --ids 3,17,40-45"),
+        (["--ids", ""], "neither a number nor a range"),
+        (["--ids", "3-"], "neither a number nor a range"),
+        (["--ids", "-3"], "neither a number nor a range"),
         (["--ids", "9-3"], "goes backwards; write 3-9"),
         (["--ids", "0-99999999999999999"], "id 0 has no row; only the 636 train ids"),
         (["--ids", "0-1796"], "has no row; only the 636 train ids of this run have one"),

@@ -15,10 +15,7 @@ from autodo_dist.errors import AutodoError
 if TYPE_CHECKING:  # they import torch, which the other commands can do without
     from autodo_dist.data.order import Ids
     from autodo_dist.data.split import Split
-    from autodo_dist.hyperparameters import Layout
-    from autodo_dist.parallel.checkpoint_rows import RowReader
-
-LIKELIEST = 3  # labels of a soft label that are shown
+    from autodo_dist.learnt import Source
 
 
 def rows(
@@ -33,16 +30,18 @@ def rows(
     typer.echo(json.dumps(found, indent=1, ensure_ascii=False) if as_json else text(found))
 
 
-def parse_ids(words: str) -> list[tuple[int, int]]:
-    """First and last id of each part of e.g. 3,17,40-45. AutodoError if that cannot be read."""
+def parse_ids(words: str, option: str = "--ids") -> list[tuple[int, int]]:
+    """First and last number of each part of e.g. 3,17,40-45. AutodoError if that cannot be read."""
     spans = []
     for word in words.split(","):
         match = re.fullmatch(r"\s*(\d{1,18})\s*(?:-\s*(\d{1,18})\s*)?", word, re.ASCII)
         if match is None:
-            raise AutodoError(f"--ids {words!r}: {word!r} is neither an id nor a range; write e.g. --ids 3,17,40-45")
+            raise AutodoError(
+                f"{option} {words!r}: {word!r} is neither a number nor a range; write e.g. {option} 3,17,40-45"
+            )
         first, last = int(match[1]), int(match[2] or match[1])
         if last < first:
-            raise AutodoError(f"--ids {words!r}: {word!r} goes backwards; write {last}-{first}")
+            raise AutodoError(f"{option} {words!r}: {word!r} goes backwards; write {last}-{first}")
         spans.append((first, last))
     return spans
 
@@ -54,9 +53,9 @@ def read_rows(run: Path, spans: Sequence[tuple[int, int]], step: int | None, dat
     from autodo_dist.parallel.row_table import find
 
     source = open_source(run, step, data)
-    reader, layout, split, manifest = source.reader, source.layout, source.split, source.manifest
+    reader, split, manifest = source.reader, source.split, source.manifest
     ids = expand(spans, split)
-    learnt = describe(reader, layout, find(split.train, ids), manifest.classes)
+    learnt = describe(source, find(split.train, ids))
     named = [
         {"id": id_, "key": manifest.keys[id_].as_py(), "given_label": manifest.classes[split.label_N[id_]]} | row
         for id_, row in zip(ids.tolist(), learnt, strict=True)
@@ -77,27 +76,17 @@ def expand(spans: Sequence[tuple[int, int]], split: Split) -> Ids:
     return ids
 
 
-def describe(reader: RowReader, layout: Layout, rows_n: Ids, classes: Sequence[str]) -> list[dict[str, Any]]:
+def describe(source: Source, rows_n: Ids) -> list[dict[str, Any]]:
     """What the table says of each of these rows; groups that are not learnt per sample are left out."""
-    from autodo_dist.learnt import augmentation
-    from autodo_dist.method import losses
+    from autodo_dist.learnt import readable
 
+    reader, layout, split = source.reader, source.layout, source.split
     if not layout.width:
         return [{} for _ in rows_n]
-    groups = layout.split(reader.rows("hyper.rows.value", rows_n).double())
-    columns: dict[str, list[Any]] = {}
-    if "weight_logit" in groups:
-        columns["weight"] = losses.weight(groups["weight_logit"]).tolist()
-    if "soft_logit" in groups:
-        top = groups["soft_logit"].softmax(1).topk(min(LIKELIEST, layout.classes))
-        pairs = zip(top.indices.tolist(), top.values.tolist(), strict=True)
-        columns["soft_label"] = [{classes[k]: p for k, p in zip(*pair, strict=True)} for pair in pairs]
-    if "gate_logit" in groups:
-        both = zip(groups["gate_logit"], groups["magnitude_logit"], strict=True)
-        columns["augment"] = [augmentation(layout.operations, *logits) for logits in both]
-    columns["last_hyper_step"] = reader.rows("hyper.rows.touched", rows_n).tolist()
-    columns["second_moment_norm"] = reader.rows("hyper.rows.second_moment", rows_n).double().norm(dim=1).tolist()
-    return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+    values_nP, updated_n = (reader.rows(f"hyper.rows.{name}", rows_n) for name in ("value", "touched"))
+    norms = reader.rows("hyper.rows.second_moment", rows_n).double().norm(dim=1).tolist()
+    found = readable(layout, values_nP, split.label_N[split.train[rows_n]], updated_n, source.manifest.classes)
+    return [row | {"second_moment_norm": norm} for row, norm in zip(found, norms, strict=True)]
 
 
 def text(found: dict[str, Any]) -> str:

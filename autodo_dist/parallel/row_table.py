@@ -71,10 +71,12 @@ class RowTable:
 
         AutodoError for an id that has no row.
         """
-        route = self._route(ids_B)
-        values = self.ranks.exchange(self.value_nP.index_select(0, route.rows), route.received, route.sent)
-        back = torch.empty_like(values).index_copy_(0, route.order_B, values)
-        return back.to(self.ranks.device, computed_in(values.dtype))
+        values_BP = self._collect(self.value_nP, self._route(ids_B))
+        return values_BP.to(self.ranks.device, computed_in(values_BP.dtype))
+
+    def last_updates(self, ids_B: torch.Tensor) -> torch.Tensor:
+        """The number of the step that last changed each id's row, 0 for none; otherwise as `fetch`."""
+        return self._collect(self.touched_n, self._route(ids_B)).to(self.ranks.device)
 
     def apply_grads(self, ids_B: torch.Tensor, grads_BP: torch.Tensor, *, lr: float, step: int) -> None:
         """One RMSprop step, number `step` counted from 1, on the rows of all ranks' ids. Every rank must call this."""
@@ -101,6 +103,11 @@ class RowTable:
         shape = torch.Size((len(self.ids), *local.shape[1:]))
         stride = (local.shape[1], 1) if local.dim() == 2 else (1,)
         return DTensor.from_local(local, mesh, [Shard(0)], run_check=False, shape=shape, stride=stride)
+
+    def _collect(self, stored_n: torch.Tensor, route: Route) -> torch.Tensor:
+        """What every rank asked for of a stored column or table, in the order of its ids."""
+        found = self.ranks.exchange(stored_n.index_select(0, route.rows), route.received, route.sent)
+        return torch.empty_like(found).index_copy_(0, route.order_B, found)
 
     def _route(self, ids_B: torch.Tensor) -> Route:
         rows = find(self.ids, ids_B.cpu().numpy())

@@ -15,7 +15,7 @@ from autodo_dist.parallel.checkpoint_rows import RowReader, find_checkpoint
 
 # Of a line of metrics.jsonl and of summary.json: what is measured, and so differs between any two runs.
 MEASURED = ("seconds", "seconds_total", "images_per_second", "data_wait_share", "peak_memory_bytes")
-LISTS = ("labels.csv", "dropped.csv")
+LISTS = ("labels.csv", "dropped.csv", "history.jsonl")
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Compared:
 
 
 def compare(a: Path, b: Path) -> Compared:
-    """Lines of metrics, every tensor and the progress of the last checkpoint, labels.csv, summary.json of two runs."""
+    """Lines of metrics, every tensor and the progress of the last checkpoint, LISTS, summary.json of two runs."""
     left, right = last_checkpoint(a), last_checkpoint(b)
     found = [
         *lines_that_differ(a, b),
