@@ -6,7 +6,8 @@ import functools
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from pathlib import Path
+from typing import Any, Literal
 
 import psutil
 import torch
@@ -262,6 +263,17 @@ def build_classifier(config: Config, classes: int, device: torch.device) -> Clas
         model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
     model = model.train().to(device, DTYPES[config.train.precision])
     return model.to(memory_format=model.memory_format) if config.train.channels_last else model
+
+
+def restore_classifier(config: Config, path: Path, classes: int, ranks: Ranks) -> Classifier:
+    """The model that evaluations are of, with the weights of the checkpoint `path`. Every rank must call this."""
+    model = build_classifier(config, classes, ranks.device)
+    tensors: dict[str, Any] = {"model": model.state_dict()}
+    if config.train.average is not None:
+        average = Average(model, config.train.average)
+        model, tensors = average.module, {"average": average.state()}
+    checkpoint.restore(path, tensors, ranks)
+    return model
 
 
 def check_device(config: Config, device: torch.device) -> None:

@@ -14,6 +14,7 @@ from autodo_dist.commands.doctor import doctor
 from autodo_dist.commands.evaluate import evaluate
 from autodo_dist.commands.explain import explain
 from autodo_dist.commands.goodput import goodput
+from autodo_dist.commands.labels import labels
 from autodo_dist.commands.plan import plan
 from autodo_dist.commands.prove import prove_resume
 from autodo_dist.commands.rows import rows
@@ -37,6 +38,7 @@ app.command()(plan)
 app.command()(doctor)
 app.command()(prove_resume)
 app.command()(rows)
+app.command()(labels)
 app.command()(explain)
 app.command()(split)
 app.command()(goodput)

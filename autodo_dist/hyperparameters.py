@@ -187,7 +187,7 @@ class Hyperparameters:
     def facts(self) -> dict[str, float]:
         """Share of samples whose weight is below 1/2, and of those whose likeliest label is not the given one."""
         self.rest()
-        weight_n, label_n, _ = self._suggestions()
+        weight_n, label_n = self._suggestions()
         given_n = torch.from_numpy(self.label_N[self.table.my_ids]).to(label_n)
         counts = torch.stack([(weight_n < 0.5).sum(), (label_n != given_n).sum()]).double().to(self.ranks.device)
         small, changed = (self.ranks.sum(counts) / max(1, len(self.table.ids))).tolist()
@@ -198,27 +198,18 @@ class Hyperparameters:
         self.rest()
         return self._fetch(ids_n).cpu(), self.table.last_updates(ids_n).cpu()
 
-    def table_of_labels(self) -> list[tuple[int, int, float, int, float]]:
-        """On rank 0, for every train sample: id, given label, weight, suggested label and its probability."""
-        self.rest()
-        mine = zip(self.table.my_ids.tolist(), *(column.tolist() for column in self._suggestions()), strict=True)
-        rows = [row for part in self.ranks.gather(list(mine)) for row in part]
-        return [(id_, int(self.label_N[id_]), weight, label, share) for id_, weight, label, share in rows]
-
-    def _suggestions(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Weight, likeliest label, its probability of this rank's rows; 1, the given label and 1 where not learnt."""
+    def _suggestions(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Weight and likeliest label of this rank's rows; 1 and the given label where not learnt."""
         label_n = torch.from_numpy(self.label_N[self.table.my_ids]).to(torch.int64)
         weight_n = torch.ones(len(label_n), dtype=torch.float64)
-        share_n = torch.ones_like(weight_n)
         for start in range(0, len(label_n), BLOCK):
             part = slice(start, start + BLOCK)
             groups = self.layout.split(self.table.value_nP[part].to(computed_in(self.table.value_nP.dtype)))
             if "weight_logit" in groups:
                 weight_n[part] = losses.weight(groups["weight_logit"]).cpu()
             if "soft_logit" in groups:
-                share, label = torch.softmax(groups["soft_logit"], 1).max(1)
-                share_n[part], label_n[part] = share.cpu(), label.cpu()
-        return weight_n, label_n, share_n
+                label_n[part] = groups["soft_logit"].argmax(1).cpu()
+        return weight_n, label_n
 
     def state(self) -> dict[str, Any]:
         """Everything that a resume needs."""

@@ -25,6 +25,7 @@ from autodo_dist.errors import AutodoError
 from autodo_dist.hyperparameters import Layout
 from autodo_dist.method import losses
 from autodo_dist.parallel.checkpoint_rows import RowReader, find_checkpoint
+from autodo_dist.predictions import Predictions, read_predictions
 
 LIKELIEST = 3  # labels of a soft label that are shown
 BLOCK = 1 << 24  # bytes of the table that are in memory together, beside what is made of them
@@ -48,6 +49,11 @@ class Source:
         """Whether some given label of the train part differs from the packed one, which is then the true one."""
         train = self.split.train
         return bool((self.split.label_N[train] != self.manifest.label_N[train]).any())
+
+    @property
+    def step(self) -> int:
+        """The step of the checkpoint."""
+        return self.reader.header.step
 
     def blocks(self) -> Iterator[tuple[slice, dict[str, torch.Tensor]]]:
         """Consecutive samples of split.train, and what is stored of them: the layout's groups, float32 or float64.
@@ -75,7 +81,9 @@ class Columns:
     """A few numbers for each of the N train samples, in the order of ids; None where the run does not learn them.
 
     weight: κ·softplus(λ^W), 1 at the start. Of the soft label q = softmax(λ^S): `suggested`, the likeliest class, its
-    probability, and that of the given label. last_update: the hyper step of the last one, 0 for never.
+    probability, and that of the given label. Of the model's prediction, where the run or `autodo labels` has made a
+    pass over the train pictures with this checkpoint: the given label's probability, the likeliest class and its own;
+    NaN and -1 for pictures that it left out. last_update: the hyper step of the last one, 0 for never.
     gate_CK, magnitude_CK: means over each given class's samples, NaN for a class without any.
     """
 
@@ -85,6 +93,9 @@ class Columns:
     suggested_N: Labels | None = None
     suggested_probability_N: Numbers | None = None
     given_probability_N: Numbers | None = None
+    given_prediction_N: Numbers | None = None
+    predicted_N: Labels | None = None
+    predicted_probability_N: Numbers | None = None
     last_update_N: npt.NDArray[np.int64] | None = None
     gate_CK: Numbers | None = None
     magnitude_CK: Numbers | None = None
@@ -148,8 +159,8 @@ def source_of(run: Path, config: Config, reader: RowReader, data: Path | str | N
     return Source(run, config, manifest, split, layout, reader)
 
 
-def read_columns(source: Source) -> Columns:
-    """The columns of all samples, in one pass over the table."""
+def read_columns(source: Source, predictions: Predictions | None = None) -> Columns:
+    """The columns of all samples, in one pass over the table; `predictions` are by default those of the run folder."""
     ids, layout, classes = source.split.train, source.layout, len(source.manifest.classes)
     given_N = source.split.label_N[ids]
     widths, count = layout.widths, len(ids)
@@ -177,6 +188,10 @@ def read_columns(source: Source) -> Columns:
         counts_C1 = np.bincount(given_N, minlength=classes)[:, None]
         with np.errstate(invalid="ignore"):
             columns["gate_CK"], columns["magnitude_CK"] = (sums_2CK.numpy() / counts_C1).astype(np.float32)
+    predictions = predictions or read_predictions(source.run, source.step, count)
+    if predictions is not None:
+        columns |= {"given_prediction_N": predictions.given_N, "predicted_N": predictions.label_N}
+        columns["predicted_probability_N"] = predictions.likeliest_N
     if layout.width:
         columns["last_update_N"] = source.reader.whole("hyper.rows.touched").numpy()
     return Columns(ids, given_N, **columns)

@@ -6,14 +6,19 @@ import logging
 from typing import Any
 
 from autodo_dist import run_folder
-from autodo_dist.build import Parts
+from autodo_dist.build import Hyper, Parts
+from autodo_dist.build_data import build_split
 from autodo_dist.config import Config
 from autodo_dist.curves import Curves
 from autodo_dist.evaluate import evaluate
 from autodo_dist.files import read_json_lines, write_json
 from autodo_dist.history import History
+from autodo_dist.label_errors import scores
+from autodo_dist.learnt import Source, read_columns
 from autodo_dist.metrics import Interval, LineFile, peak_memory
+from autodo_dist.parallel.checkpoint_rows import RowReader, find_checkpoint
 from autodo_dist.parallel.comm import Ranks
+from autodo_dist.predictions import predict, write_predictions
 from autodo_dist.progress import Progress
 from autodo_dist.run import Record, Run
 from autodo_dist.steps import FIGURES
@@ -127,12 +132,10 @@ def note_rows(run: Run) -> None:
 def summarise(run: Run) -> None:
     """Write labels.csv and summary.json; with it the run is finished. Every rank must call this."""
     last, best = run.progress.last, run.progress.best
-    hyper = run.parts.hyper
-    labels = hyper.parameters.table_of_labels() if hyper is not None else []
+    if run.parts.hyper is not None:
+        write_labels(run, run.parts.hyper)
     if not run.ranks.main:
         return
-    if hyper is not None:
-        run_folder.write_labels(run.config.folder, labels, run.parts.manifest)
     summary: dict[str, Any] = {
         "test_accuracy_final": last["test_accuracy"],
         "test_pictures": last["test_pictures"],
@@ -149,6 +152,26 @@ def summarise(run: Run) -> None:
         summary["test_accuracy_best_epoch"] = run.progress.best_test
     write_json(run.config.folder / "summary.json", summary)
     log.info("finished: test accuracy %s; see %s", percent(last["test_accuracy"]), run.config.folder)
+
+
+def write_labels(run: Run, hyper: Hyper) -> None:
+    """Have the model predict the train pictures, and write labels.csv from the last checkpoint.
+
+    Stopped if a rank was asked to: a resume begins here. Every rank must call this.
+    """
+    parts, folder = run.parts, run.config.folder
+    split = build_split(run.config, parts.manifest)
+    loader = parts.loaders.validation.over(split.train, split.label_N)
+    with run.clock.phase("evaluation"):
+        found = predict(parts.evaluated, loader, parts.dtype, run.ranks, run.before_evaluated)
+    note_dropped(run)
+    if not run.ranks.main:
+        return
+    reader = RowReader(find_checkpoint(folder / "checkpoints", run.progress.step))
+    source = Source(folder, run.config, parts.manifest, split, hyper.parameters.layout, reader)
+    write_predictions(folder, source.step, found)
+    columns = read_columns(source)
+    run_folder.write_labels(folder / "labels.csv", columns, scores(columns), parts.manifest)
 
 
 def percent(share: float | None) -> str:

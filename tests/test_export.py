@@ -124,7 +124,7 @@ def learnt(pool: RankPool, digits: Path, tmp_path_factory: pytest.TempPathFactor
 
 
 def test_the_rows_are_those_of_the_run(learnt: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Against labels.csv, which the run wrote from its memory, and `autodo rows`; in blocks of a few rows."""
+    """Against the run's labels.csv and `autodo rows`; in blocks of a few rows."""
     monkeypatch.setattr(learnt_module, "BLOCK", 10_000)
     out = tmp_path / "model.safetensors"
     assert said("export", learnt, out).endswith(f"\n{tmp_path}/model.parquet: 636 rows\n")

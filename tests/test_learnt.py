@@ -1,4 +1,4 @@
-"""The columns of a run, against what it wrote of itself from its memory, and against the rows read one by one."""
+"""The columns of a run, against its labels.csv, and against the rows that are stored."""
 
 from __future__ import annotations
 
@@ -39,6 +39,11 @@ def test_columns_are_those_of_labels_csv_and_of_the_stored_rows(run: Path, monke
     np.testing.assert_allclose(shares, found.suggested_probability_N, rtol=1e-5)
     groups = source.layout.split(source.reader.whole("hyper.rows.value").double())
     soft_NC = torch.softmax(groups["soft_logit"], 1).numpy()
+    np.testing.assert_allclose(
+        found.weight_N, torch.nn.functional.softplus(groups["weight_logit"]) / np.log(2), rtol=1e-5
+    )
+    assert np.array_equal(found.suggested_N, soft_NC.argmax(1))
+    np.testing.assert_allclose(found.suggested_probability_N, soft_NC.max(1), rtol=1e-5)
     own_N = np.take_along_axis(soft_NC, found.given_N[:, None].astype(np.int64), 1)[:, 0]
     np.testing.assert_allclose(found.given_probability_N, own_N, rtol=1e-5)
     for name, mean_CK in (("gate_logit", found.gate_CK), ("magnitude_logit", found.magnitude_CK)):

@@ -31,7 +31,6 @@ def evaluate(
 def evaluate_checkpoint(run: Path, step: int | None, data: Path | str | None) -> dict[str, Any]:
     """What `evaluate.evaluate` finds on the test part with the weights of a checkpoint, and its step."""
     from autodo_dist import build, build_data, run_folder
-    from autodo_dist.average import Average
     from autodo_dist.data.manifest import check_files
     from autodo_dist.evaluate import evaluate
     from autodo_dist.parallel import checkpoint, comm
@@ -45,12 +44,7 @@ def evaluate_checkpoint(run: Path, step: int | None, data: Path | str | None) ->
         path = checkpoint.newest(root, ranks) if step is None else checkpoint.existing(root, step)
         if path is None:
             raise AutodoError(f"run {run}: has no checkpoint yet")
-        model = build.build_classifier(config, len(manifest.classes), ranks.device)
-        tensors: dict[str, Any] = {"model": model.state_dict()}
-        if config.train.average is not None:
-            average = Average(model, config.train.average)
-            model, tensors = average.module, {"average": average.state()}
-        checkpoint.restore(path, tensors, ranks)
+        model = build.restore_classifier(config, path, len(manifest.classes), ranks)
         loaders = build_data.build_loaders(config, manifest, build_data.build_split(config, manifest), ranks)
         found = evaluate(model, loaders.test, manifest.classes, build.DTYPES[config.train.precision], ranks)
         loaders.dropped.check(len(loaders.dropped.why))

@@ -13,6 +13,7 @@ Shapes: B pictures of this rank's part of a global batch, C = 3 colours, H = W =
 from __future__ import annotations
 
 import contextlib
+import copy
 import functools
 import threading
 from collections import deque
@@ -140,8 +141,17 @@ class Loader:
         self.shuffled, self.random_crop = pass_ != "evaluation", pass_ in ("task", "hyper")
         steps = order.steps_per_pass(len(ids), batch_size, drop_last=self.shuffled)
         self.steps = steps if most_steps is None else min(steps, most_steps)
+        self._most_steps = most_steps
         self._label_N = torch.from_numpy(label_N.astype(np.int64))
         self._pixels = pixels(-(-batch_size // ranks))
+
+    def over(self, ids: Ids, label_N: npt.NDArray[np.int32]) -> Loader:
+        """The same stream of other samples, with these labels by id. It shares its pixels: one of both at a time."""
+        other = copy.copy(self)
+        steps = order.steps_per_pass(len(ids), self.batch_size, drop_last=self.shuffled)
+        other.ids, other.steps = ids, steps if self._most_steps is None else min(steps, self._most_steps)
+        other._label_N = torch.from_numpy(label_N.astype(np.int64))
+        return other
 
     def batches(self, epoch: int, start: int = 0) -> Generator[Batch, None, None]:
         """This rank's batches of one epoch from step `start` on."""

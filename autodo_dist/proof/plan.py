@@ -81,7 +81,7 @@ def places(config: Config) -> list[Place]:
                 if every and steps % every == 0 and not (phase == "task" and position == per_pass):
                     found.append(Place("save", steps))
         found += [Place("evaluation", steps), Place("save", steps)]
-    return found
+    return [*found, Place("evaluation", steps)] if config.learn.anything else found  # the labels at the end
 
 
 def draw(found: Sequence[Place], ranks: Sequence[int], generator: np.random.Generator) -> list[Aim]:
