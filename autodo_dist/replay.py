@@ -2,7 +2,7 @@
 
 Which step of a pass a sample is in follows from the order alone, and so do its crop and the draws of its gates. A row
 changes in the hyper steps of its own batches and nowhere else. So a row that was kept at one moment is that of another
-if none of these steps lies between, which is counted here (Course.updates).
+if none of these steps lies between (Course.unchanged).
 
 To the bit, on the kind of device and with the train.accumulate of the run: the whole part of the batch that the
 sample's rank had is made again, as its place among the others may decide the last bit of a sine.
@@ -11,8 +11,6 @@ sample's rank had is made again, as its place among the others may decide the la
 from __future__ import annotations
 
 import contextlib
-import functools
-from bisect import bisect_left
 from dataclasses import dataclass
 from typing import Any
 
@@ -87,21 +85,18 @@ class Course:
         passes += self.passes(moment.epoch).index(moment.pass_) if moment.position or moment.pass_ else 0
         return done + passes * self.steps + moment.position
 
-    def updates(self, moment: Moment) -> int:
-        """How many steps before that moment may have changed the sample's augmentation."""
-        if not self.shared:
-            return bisect_left(self._updates, moment)
-        learning, now = (HYPER if self.separate else TASK), moment.pass_
-        here = moment.position if now == learning else self.steps if now > learning else 0
-        whole = moment.epoch - self.learnt_from
-        return 0 if whole < 0 else whole * self.steps + here
-
-    @functools.cached_property
-    def _updates(self) -> list[Moment]:
-        """The steps that change the sample's row."""
+    def unchanged(self, first: Moment, last: Moment) -> bool:
+        """Whether no step from one moment up to a later one changes the sample's augmentation."""
         pass_ = HYPER if self.separate else TASK
-        turns = (self.turn(epoch, pass_) for epoch in range(self.learnt_from, self.epochs))
-        return [turn for turn in turns if turn is not None]
+        for epoch in range(max(first.epoch, self.learnt_from), min(last.epoch + 1, self.epochs)):
+            if self.shared:  # by every step
+                changed = max(first, Moment(epoch, pass_)) < min(last, Moment(epoch, pass_, self.steps))
+            else:
+                turn = self.turn(epoch, pass_)
+                changed = turn is not None and first <= turn < last
+            if changed:
+                return False
+        return True
 
 
 @dataclass(frozen=True)
@@ -217,15 +212,20 @@ def stored(source: Source, reader: RowReader, id_: int) -> Kept:
 
 
 def row_at(course: Course, kept: list[Kept], moment: Moment) -> tuple[Kept, bool]:
-    """The row of `kept`, oldest first, for a moment; whether it is known to be that of the moment.
+    """The row of `kept`, oldest first, for a moment, and whether it is known to be that of then.
 
-    If none is, the nearest one before.
+    If any of them is, the nearest one before or after is. If none is, the nearest before.
     """
-    usable = [it for it in kept if it.logits is not None] or kept[:1]
-    before = [it for it in usable if it.moment <= moment]
-    updates = course.updates(moment)
-    same = [it for it in (*reversed(before), *usable) if it.logits is None or course.updates(it.moment) == updates]
-    return (same[0], True) if same else (before[-1], False)
+    usable = [it for it in kept if it.logits is not None]
+    if not usable:
+        return kept[0], True
+    before = [it for it in usable if it.moment <= moment][-1]
+    after = next((it for it in usable if it.moment > moment), None)
+    if course.unchanged(before.moment, moment):
+        return before, True
+    if after is not None and course.unchanged(moment, after.moment):
+        return after, True
+    return before, False
 
 
 def view(source: Source, course: Course, kept: list[Kept], epoch: int, pass_: int, only: Kept | None = None) -> View:

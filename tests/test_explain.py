@@ -304,7 +304,7 @@ def test_a_row_that_is_not_known_is_said_to_be_the_nearest(run: Path) -> None:
     """All samples' one row changes with every step, so only steps right after a kept one are exact."""
     source = open_source(run)
     exact = {}
-    for id_ in source.split.train[:20].tolist():
+    for id_ in source.split.train[:10].tolist():
         course = course_of(source, id_)
         known = rows_over_time(source, course)
         for epoch in range(3):

@@ -399,6 +399,14 @@ def wait_for(condition: Any, seconds: float = 60.0) -> None:
         time.sleep(0.05)
 
 
+def test_a_look_needs_no_torch(tmp_path: Path) -> None:
+    program = (
+        "import sys; from pathlib import Path; from autodo_dist.standing import Looker; import autodo_dist.cli\n"
+        "Looker(Path(sys.argv[1]), str).look(); assert 'torch' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", program, str(tmp_path)], check=True)
+
+
 def test_once_and_no_terminal_are_plain(world: World) -> None:
     running(world)
     result = CliRunner().invoke(app, ["watch", str(world.run)])
