@@ -2,13 +2,14 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo results test lint slurm clean help
+.PHONY: demo results test lint slurm browser clean help
 help:
 	@echo "make demo   environment, packed digits, a training run with two ranks (runs/digits)"
 	@echo "make results plain training against AutoDO, 20 runs; goes on after a stop"
 	@echo "make test   environment, lint, all tests"
 	@echo "make lint   ruff and mypy"
 	@echo "make slurm  installs Slurm by apt for tests/slurm, which are skipped without (root)"
+	@echo "make browser  installs Chromium by apt for tests/test_browser.py, which are skipped without (root)"
 	@echo "make clean  removes the environment, packed data and runs"
 
 # The stamp is newer than requirements.txt once everything in it is installed.
@@ -46,6 +47,16 @@ slurm:
 	else export DEBIAN_FRONTEND=noninteractive; \
 		(apt-get update -qq || { sleep 5; apt-get update -qq; }) && \
 		apt-get install -y -qq --no-install-recommends $(SLURM_PACKAGES); \
+	fi
+
+# For tests/test_browser.py.
+browser:
+	@if dpkg -s chromium >/dev/null 2>&1; then echo "Chromium is installed"; \
+	elif [ "$$(id -u)" != 0 ] || ! command -v apt-get >/dev/null; then \
+		echo "missing: Chromium. Get it, as root: apt-get install --no-install-recommends chromium"; exit 1; \
+	else export DEBIAN_FRONTEND=noninteractive; \
+		(apt-get update -qq || { sleep 5; apt-get update -qq; }) && \
+		apt-get install -y -qq --no-install-recommends chromium; \
 	fi
 
 # These measure time or need both cores; the others share the cores, a file on each at a time.

@@ -17,6 +17,7 @@ from autodo_dist.commands.goodput import goodput
 from autodo_dist.commands.labels import labels
 from autodo_dist.commands.plan import plan
 from autodo_dist.commands.prove import prove_resume
+from autodo_dist.commands.report import report
 from autodo_dist.commands.rows import rows
 from autodo_dist.commands.split import split
 from autodo_dist.commands.watch import watch
@@ -38,6 +39,7 @@ app.command()(plan)
 app.command()(doctor)
 app.command()(prove_resume)
 app.command()(rows)
+app.command()(report)
 app.command()(labels)
 app.command()(explain)
 app.command()(split)

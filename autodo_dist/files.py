@@ -90,6 +90,7 @@ def read_json_lines(path: Path) -> list[dict[str, Any]]:
         raise AutodoError(f"{path}: cannot be read ({error.strerror}); restore it from a copy") from error
     found = []
     for line in text.splitlines():
-        with suppress(ValueError, TypeError):
-            found.append(dict(json.loads(line)))
+        with suppress(ValueError):
+            if isinstance(value := json.loads(line), dict):
+                found.append(value)
     return found

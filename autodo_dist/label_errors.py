@@ -8,6 +8,7 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
+from autodo_dist.data.split import Labels
 from autodo_dist.learnt import Columns, Numbers
 
 
@@ -27,6 +28,20 @@ def scores(columns: Columns) -> Numbers:
         return np.zeros(len(columns.id_N), np.float32) if columns.weight_N is None else -columns.weight_N
     score_N: Numbers = 1 - np.prod([np.nan_to_num(it, nan=1.0) for it in beliefs], 0, np.float32)
     return score_N
+
+
+def suggestions(columns: Columns) -> tuple[Labels, Numbers] | None:
+    """The label to suggest for each sample and its probability: the model's likeliest where it was asked, else the
+    soft label's; None where neither is known.
+    """
+    label_N, share_N = columns.suggested_N, columns.suggested_probability_N
+    predicted_N, likeliest_N = columns.predicted_N, columns.predicted_probability_N
+    if predicted_N is None or likeliest_N is None:
+        return None if label_N is None or share_N is None else (label_N, share_N)
+    if label_N is None or share_N is None:
+        label_N, share_N = columns.given_N, np.ones_like(likeliest_N)
+    asked_N = predicted_N >= 0  # pictures that were dropped are not
+    return np.where(asked_N, predicted_N, label_N), np.where(asked_N, likeliest_N, share_N)
 
 
 def measures(score_N: npt.NDArray[np.floating], wrong_N: npt.NDArray[np.bool_]) -> dict[str, float]:

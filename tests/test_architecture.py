@@ -43,6 +43,33 @@ ALLOWED = {
         "autodo_dist.ledger",
         "autodo_dist.thread_name",
     ),
+    "autodo_dist.report.charts": (),
+    "autodo_dist.report.facts": (
+        "autodo_dist.errors",
+        "autodo_dist.files",
+        "autodo_dist.ledger",
+        "autodo_dist.run_folder",
+        "autodo_dist.run_lock",
+    ),
+    "autodo_dist.report.learnings": (
+        "autodo_dist.errors",
+        "autodo_dist.label_errors",
+        "autodo_dist.learnt",
+        "autodo_dist.parallel",
+    ),
+    "autodo_dist.report.pictures": (
+        "autodo_dist.data",
+        "autodo_dist.errors",
+        "autodo_dist.learnt",
+        "autodo_dist.method",
+    ),
+    "autodo_dist.report": (
+        "autodo_dist.data",
+        "autodo_dist.errors",
+        "autodo_dist.files",
+        "autodo_dist.method",
+        "autodo_dist.report",
+    ),
     "autodo_dist": ("autodo_dist",),
     "launcher": ("launcher", "autodo_dist"),
     "benchmarks": ("autodo_dist",),
@@ -90,3 +117,9 @@ def test_only_build_train_commands_and_launcher_see_the_config(path: Path) -> No
         inside(module(path), f"autodo_dist.{wing}") for wing in ("method", "parallel", "models", "metrics", "evaluate")
     ):
         assert not any(inside(name, "autodo_dist.config") for name in imports(path))
+
+
+@pytest.mark.parametrize("path", FILES, ids=module)
+def test_only_the_command_sees_the_report(path: Path) -> None:
+    if not inside(module(path), "autodo_dist.report") and module(path) != "autodo_dist.commands.report":
+        assert not any(inside(name, "autodo_dist.report") for name in imports(path))
