@@ -40,12 +40,18 @@ from autodo_dist.parallel.checkpoint_rows import find_checkpoint
 from autodo_dist.run_folder import git_commit, read_config
 from benchmarks.runs import as_command, run, write_rows
 
-SMALL = ("data.image_size=16", "data.crop_padding=1", "data.imbalance_ratio=1", "data.label_noise=0", "data.threads=1")
+SMALL = ("data.image_size=16", "data.crop_padding=1", "data.imbalance_ratio=1", "data.label_noise=0")
+ONE = ("data.threads=1", "train.threads=1")
 SHORT = ("train.epochs=12", "train.evaluate_every=12", "optim.warmup_epochs=1", "checkpoint.keep=1")
 OURS = ("learn.augment=none", "hyper.start_epoch=3")
 PLAIN = ("learn.augment=none", "learn.weight=false", "learn.soft_label=false")
-COLOUR = ("data.mean=[0.46,0.46,0.46]", "data.std=[0.23,0.23,0.23]")
-SETS: dict[str, tuple[str, ...]] = {"digits": (), "housenumbers": COLOUR}
+SETS = {  # settings of a data set, by its name
+    "digits": (),
+    "housenumbers": (
+        *("data.mean=[0.46,0.46,0.46]", "data.std=[0.23,0.23,0.23]"),
+        *("train.epochs=20", "train.evaluate_every=20", "hyper.start_epoch=5"),
+    ),
+}
 METHODS: dict[str, dict[str, Any]] = {  # of cleanlab; the first is its default
     "self_confidence": {},
     "normalized_margin": {"method": "normalized_margin"},
@@ -99,8 +105,8 @@ class Place:
         file = self.root / f"{cell.name}-{name}.split"
         write_split(file, encode(split, manifest, asdict(cell)))
         own = (f"run.root={self.root}", f"run.name={cell.name}-{name}", f"train.seed={cell.seed}")
-        data = (f"data.root={self.sets[cell.data]}", f"data.split={file}", *SETS[cell.data])
-        return run([*SMALL, *SHORT, *words, *self.words, *own, *data])
+        data = (f"data.root={self.sets[cell.data]}", f"data.split={file}")
+        return run([*SMALL, *ONE, *SHORT, *words, *SETS.get(cell.data, ()), *self.words, *own, *data])
 
     def forget(self, cell: Cell) -> None:
         """Delete its runs."""
@@ -110,11 +116,11 @@ class Place:
 
 def main(
     root: Annotated[Path, typer.Option(help="folder of results and run folders")] = Path("runs/label_errors"),
-    digits: Annotated[Path, typer.Option(help="packed digits")] = Path("data/digits"),
-    housenumbers: Annotated[
-        Path | None,
+    data: Annotated[
+        list[Path] | None,
         typer.Option(
-            help="packed house numbers, e.g. of `autodo pack housenumbers --balanced --train 2500 --test 500`"
+            help="packed data sets; data/digits by default. House numbers: `autodo pack housenumbers "
+            "data/small_housenumbers --balanced --train 2500 --test 500`"
         ),
     ] = None,
     seeds: Annotated[int, typer.Option(min=2, help="seeds 0 to this, less one")] = 5,
@@ -128,7 +134,7 @@ def main(
     """Train what is still to be trained, then print the table."""
     root = root / "quick" if quick else root
     root.mkdir(parents=True, exist_ok=True)
-    sets = {"digits": digits} | ({"housenumbers": housenumbers} if housenumbers is not None else {})
+    sets = {read_manifest(folder).name: folder for folder in data or [Path("data/digits")]}
     place = Place(root, sets, 2 if quick else folds, (*(QUICK if quick else ()), *(words or ())))
     noises, rates = (NOISES[:1], (0.2,)) if quick else (NOISES, RATES)
     kinds = ["ours", CLEAN, *([ALONE] if alone and not quick else [])]
@@ -172,7 +178,7 @@ def ours(place: Place, cell: Cell, split: Split, manifest: Manifest) -> dict[str
     columns = read_columns(open_source(place.train(cell, "ours", split, OURS)))
     true_N = manifest.label_N[split.train]
     parts = {"prediction alone": columns.given_prediction_N, "soft label alone": columns.given_probability_N}
-    parts |= {"weight alone": columns.weight_N}
+    parts |= {"clean head alone": columns.given_clean_N, "weight alone": columns.weight_N}
     named = {"given": columns.given_N, "learnt": columns.suggested_N, "predicted": columns.predicted_N}
     signs = {"score": scores(columns)} | {name: -it for name, it in parts.items() if it is not None}
     found = {name: measures(score_N, columns.given_N != true_N) for name, score_N in signs.items()}

@@ -64,6 +64,7 @@ ALLOWED = {
         "autodo_dist.method",
     ),
     "autodo_dist.report": (
+        "autodo_dist.label_errors",
         "autodo_dist.data",
         "autodo_dist.errors",
         "autodo_dist.files",
