@@ -309,7 +309,9 @@ def test_places_are_those_that_a_run_passes(
     monkeypatch.setattr(metrics, "show", lambda phase, steps: seen.append((phase, steps)))
     train(short)
     seen = [each for each, _ in itertools.groupby(seen) if each[0] != "data"]  # the last save is waited for
-    assert seen == [(place.phase, place.steps) for place in places(short)]
+    *passed, labels = seen
+    assert passed == [(place.phase, place.steps) for place in places(short)]
+    assert labels == ("evaluation", passed[-1][1])
 
 
 @pytest.mark.parametrize(

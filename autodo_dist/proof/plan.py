@@ -68,7 +68,10 @@ def named(config: Config, name: str, ranks: int) -> Config:
 
 
 def places(config: Config) -> list[Place]:
-    """Every place that a run of `shorten` passes, in order, but for its start and waits for data."""
+    """Every place that a run of `shorten` passes, in order, but for its start and waits for data.
+
+    The pass over the train pictures after the last save is left out: it shows as the evaluation before that save.
+    """
     per_pass, every, epochs = config.train.steps_per_pass or 0, config.checkpoint.every_steps, config.train.epochs
     separate = config.learn.anything and config.hyper.way == "separate"
     found, steps = [], 0
@@ -81,7 +84,7 @@ def places(config: Config) -> list[Place]:
                 if every and steps % every == 0 and not (phase == "task" and position == per_pass):
                     found.append(Place("save", steps))
         found += [Place("evaluation", steps), Place("save", steps)]
-    return [*found, Place("evaluation", steps)] if config.learn.anything else found  # the labels at the end
+    return found
 
 
 def draw(found: Sequence[Place], ranks: Sequence[int], generator: np.random.Generator) -> list[Aim]:
