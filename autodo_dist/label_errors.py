@@ -15,17 +15,15 @@ from autodo_dist.learnt import Columns, Numbers
 def scores(columns: Columns) -> Numbers:
     """A score for each of the N train samples, float32; the higher, the more suspect the given label y.
 
-    1 - h(y)·p(y)·q(y): p is the model's prediction for the picture as it is packed, h that of the same features with a
-    last layer taught by the clean validation part alone, q the learnt soft label. p and q were told y, the model by its
-    loss, as far as the weights let it count, q by its start; where a belief is low nevertheless, the others and the
-    clean part speak against y. h was not told, but knows few pictures. The product is the chance that three labels
-    drawn from them are all y: no constant, and a belief that says the same of all samples changes no order.
+    1 - p(y)·q(y): p is the model's prediction for the picture as it is packed, q the learnt soft label. Each is the
+    belief of somebody who was told y: the model was fitted to it, as far as the weights let it count, and q began
+    there. Where a belief is low nevertheless, the others and the clean validation part speak against y. The product is
+    the chance that two labels drawn from p and q are both y: no constant, and the order of p where q was hardly moved.
 
     A belief that is not known counts as certain; where neither is, the score is -w, as a small weight was learnt for
     what does not help, and 0 where nothing is known at all.
     """
-    known = columns.given_clean_N, columns.given_prediction_N, columns.given_probability_N
-    beliefs = [it for it in known if it is not None]
+    beliefs = [it for it in (columns.given_prediction_N, columns.given_probability_N) if it is not None]
     if not beliefs:
         return np.zeros(len(columns.id_N), np.float32) if columns.weight_N is None else -columns.weight_N
     score_N: Numbers = 1 - np.prod([np.nan_to_num(it, nan=1.0) for it in beliefs], 0, np.float32)

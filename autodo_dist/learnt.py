@@ -83,7 +83,6 @@ class Columns:
     weight: κ·softplus(λ^W), 1 at the start. Of the soft label q = softmax(λ^S): `suggested`, the likeliest class, its
     probability, and that of the given label. Of the model's prediction, where the run or `autodo labels` has made a
     pass over the train pictures with this checkpoint: the given label's probability, the likeliest class and its own;
-    given_clean: the given label's by a last layer that clean pictures taught (predictions.py).
     NaN and -1 for pictures that it left out. last_update: the hyper step of the last one, 0 for never.
     gate_CK, magnitude_CK: means over each given class's samples, NaN for a class without any.
     """
@@ -95,7 +94,6 @@ class Columns:
     suggested_probability_N: Numbers | None = None
     given_probability_N: Numbers | None = None
     given_prediction_N: Numbers | None = None
-    given_clean_N: Numbers | None = None
     predicted_N: Labels | None = None
     predicted_probability_N: Numbers | None = None
     last_update_N: npt.NDArray[np.int64] | None = None
@@ -192,8 +190,7 @@ def read_columns(source: Source, predictions: Predictions | None = None) -> Colu
             columns["gate_CK"], columns["magnitude_CK"] = (sums_2CK.numpy() / counts_C1).astype(np.float32)
     predictions = predictions or read_predictions(source.run, source.step, count)
     if predictions is not None:
-        columns |= {"given_prediction_N": predictions.given_N, "given_clean_N": predictions.clean_N}
-        columns["predicted_N"] = predictions.label_N
+        columns |= {"given_prediction_N": predictions.given_N, "predicted_N": predictions.label_N}
         columns["predicted_probability_N"] = predictions.likeliest_N
     if layout.width:
         columns["last_update_N"] = source.reader.whole("hyper.rows.touched").numpy()

@@ -178,7 +178,7 @@ def ours(place: Place, cell: Cell, split: Split, manifest: Manifest) -> dict[str
     columns = read_columns(open_source(place.train(cell, "ours", split, OURS)))
     true_N = manifest.label_N[split.train]
     parts = {"prediction alone": columns.given_prediction_N, "soft label alone": columns.given_probability_N}
-    parts |= {"clean head alone": columns.given_clean_N, "weight alone": columns.weight_N}
+    parts |= {"weight alone": columns.weight_N}
     named = {"given": columns.given_N, "learnt": columns.suggested_N, "predicted": columns.predicted_N}
     signs = {"score": scores(columns)} | {name: -it for name, it in parts.items() if it is not None}
     found = {name: measures(score_N, columns.given_N != true_N) for name, score_N in signs.items()}

@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 import torch
 from ranks import RankPool
-from sklearn.linear_model import LogisticRegression
 from test_autodo import learning
 
 from autodo_dist.build import build
@@ -22,15 +21,7 @@ from autodo_dist.label_errors import measures, scores
 from autodo_dist.learnt import Columns
 from autodo_dist.load_config import check_config
 from autodo_dist.parallel import comm
-from autodo_dist.predictions import (
-    NAME,
-    PRIOR,
-    Predictions,
-    clean_head,
-    predict,
-    read_predictions,
-    write_predictions,
-)
+from autodo_dist.predictions import NAME, Predictions, predict, read_predictions, write_predictions
 
 
 def floats(*values: float) -> np.ndarray:
@@ -47,7 +38,6 @@ def test_the_score_is_its_formula() -> None:
     both = replace(soft, given_prediction_N=floats(0.5, float("nan"), 0))
     assert scores(both).tolist() == [0.875, 0.5, 1]
     assert scores(replace(both, given_probability_N=None)).tolist() == [0.5, 0, 1]
-    assert scores(replace(both, given_clean_N=floats(0.5, 0.5, 1))).tolist() == [0.9375, 0.75, 1]
     assert scores(both).dtype == np.float32
 
 
@@ -76,7 +66,7 @@ def passes(tree: dict[str, Any]) -> tuple[Predictions, dict[str, Any], int]:
         parts = build(config, read_manifest(Path(tree["data"]["root"])), ranks)
         split = build_split(config, parts.manifest)
         loader = parts.loaders.validation.over(split.train, split.label_N)
-        found = predict(parts.model, loader, parts.loaders.validation, parts.dtype, ranks)
+        found = predict(parts.model, loader, parts.dtype, ranks)
         judged = evaluate(parts.model, loader, parts.manifest.classes, parts.dtype, ranks)
         assert np.array_equal(parts.loaders.validation.ids, split.validation)  # as before
         return found, judged, len(split.train)
@@ -99,18 +89,6 @@ def test_predictions_are_the_models(pool: RankPool, digits: Path, tmp_path: Path
             np.testing.assert_allclose(vars(other)[name], values, rtol=1e-6)
 
 
-def test_the_clean_head_is_logistic_regression() -> None:
-    """Against scikit-learn's solver: features of other scales and places, a constant one, few pictures of a class."""
-    generator = np.random.default_rng(0)
-    features_VD = generator.normal(size=(90, 6)) * [1, 10, 0.1, 3, 1, 0] + [0, 5, 0, -2, 1, 4]
-    labels_V = (features_VD[:, 1] + generator.normal(size=90) > 8).astype(int) + (features_VD[:, 0] > 1)
-    weight_CD, bias_C = clean_head(torch.from_numpy(features_VD), torch.from_numpy(labels_V), 3)
-    x_VD = (features_VD - features_VD.mean(0)) / (features_VD.std(0) + 1e-6)
-    oracle = LogisticRegression(C=PRIOR, tol=1e-9, max_iter=5000).fit(x_VD, labels_V)
-    found_VC = (torch.from_numpy(features_VD) @ weight_CD.T + bias_C).softmax(1)
-    np.testing.assert_allclose(found_VC, oracle.predict_proba(x_VD), atol=1e-5)
-
-
 def test_a_shortened_pass_knows_less(digits: Path, tmp_path: Path) -> None:
     tree = learning(digits, tmp_path, train__steps_per_pass=2, data__image_size=16)
     found, _, count = passes(tree)
@@ -118,7 +96,7 @@ def test_a_shortened_pass_knows_less(digits: Path, tmp_path: Path) -> None:
 
 
 def test_kept_predictions_are_of_one_step(tmp_path: Path) -> None:
-    kept = Predictions(floats(0.5, float("nan")), np.array([3, -1], np.int32), floats(0.75, float("nan")), floats(1, 2))
+    kept = Predictions(floats(0.5, float("nan")), np.array([3, -1], np.int32), floats(0.75, float("nan")))
     assert read_predictions(tmp_path, 7, 2) is None
     write_predictions(tmp_path, 7, kept)
     found = read_predictions(tmp_path, 7, 2)

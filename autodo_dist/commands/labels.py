@@ -80,7 +80,7 @@ def predictions(source: Source, keep: bool) -> Predictions:
         model = build.restore_classifier(config, source.reader.path, len(manifest.classes), ranks)
         loaders = build_data.build_loaders(config, manifest, split, ranks)
         loader = loaders.validation.over(split.train, split.label_N)
-        found = predict(model, loader, loaders.validation, build.DTYPES[config.train.precision], ranks)
+        found = predict(model, loader, build.DTYPES[config.train.precision], ranks)
         loaders.dropped.check(len(loaders.dropped.why))
     if keep:  # those of the newest checkpoint, for the next reader
         with contextlib.suppress(OSError):

@@ -145,13 +145,12 @@ class Loader:
         self._label_N = torch.from_numpy(label_N.astype(np.int64))
         self._pixels = pixels(-(-batch_size // ranks))
 
-    def over(self, ids: Ids, label_N: npt.NDArray[np.int32] | None = None) -> Loader:
+    def over(self, ids: Ids, label_N: npt.NDArray[np.int32]) -> Loader:
         """The same stream of other samples, with these labels by id. It shares its pixels: one of both at a time."""
         other = copy.copy(self)
         steps = order.steps_per_pass(len(ids), self.batch_size, drop_last=self.shuffled)
         other.ids, other.steps = ids, steps if self._most_steps is None else min(steps, self._most_steps)
-        if label_N is not None:
-            other._label_N = torch.from_numpy(label_N.astype(np.int64))
+        other._label_N = torch.from_numpy(label_N.astype(np.int64))
         return other
 
     def batches(self, epoch: int, start: int = 0) -> Generator[Batch, None, None]:
