@@ -121,7 +121,7 @@ def test_usr2_to_one_rank_stops_all_at_the_same_step(
     assert "stopped as asked" in log(settings).read_text()
     assert not (settings.folder / "summary.json").exists()
     (_, stopped) = ledger.read(settings.folder)
-    assert (stopped["cause"], stopped["step"] - steps in range(5)) == ("stopped", True)
+    assert (stopped["cause"], stopped["step"] - steps in range(12)) == ("stopped", True)
     assert (settings.folder / f"checkpoints/step-{stopped['step']:08d}").is_dir()
     assert not list((settings.folder / "errors").glob("*"))
     launcher, _ = start(settings)
