@@ -63,7 +63,7 @@ browser:
 ALONE := $(wildcard tests/slurm tests/test_launcher.py tests/test_end_to_end.py tests/test_surviving.py tests/test_bench_*.py)
 JOBS ?= 2
 test: lint
-	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder $(addprefix --ignore=,$(ALONE))
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile $(addprefix --ignore=,$(ALONE))
 	$(BIN)/python -m pytest $(ALONE)
 
 clean:

@@ -17,16 +17,6 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
 
 
-# Files that take longest, begun first: a worker that begins one last would work alone at the end.
-LONGEST = ("test_resume.py", "test_engines.py", "test_autodo.py", "test_compile.py", "test_train.py", "test_explain.py")
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Put the longest files first, and leave all else as it is."""
-    place = {name: at for at, name in enumerate(LONGEST)}
-    items.sort(key=lambda item: place.get(item.path.name, len(LONGEST)))
-
-
 def pytest_runtest_setup(item: pytest.Item) -> None:
     """Skip what is marked `gpu` where torch finds none."""
     if item.get_closest_marker("gpu"):

@@ -422,6 +422,7 @@ def test_on_a_terminal_it_redraws_in_place_and_leaves_it_clean(world: World) -> 
     process = subprocess.Popen(
         ["autodo", "watch", str(world.run), "--every", "0.2"],
         stdin=theirs, stdout=theirs, stderr=theirs, env=environment,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background job ignores it
     )  # fmt: skip
     os.close(theirs)
     said = b""
