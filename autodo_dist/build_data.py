@@ -16,6 +16,7 @@ from typing import Literal
 import numpy as np
 import torch
 
+from autodo_dist import run_folder
 from autodo_dist.config import Config
 from autodo_dist.data.loader import Dropped, Loader
 from autodo_dist.data.manifest import Manifest, cache_folder, read_manifest
@@ -53,6 +54,16 @@ def read_data(config: Config, elsewhere: Path | str | None = None) -> Manifest:
     """The manifest of the packed data set, or of its copy `elsewhere`."""
     cache = config.data.cache
     return read_manifest(elsewhere or config.data.root, expand("data.cache", cache) if cache else None)
+
+
+def read_data_of(run: Path, config: Config, elsewhere: Path | str | None = None) -> Manifest:
+    """The manifest of the data set that the run in this folder was made with, or of its copy `elsewhere`.
+
+    AutodoError for another data set or split.
+    """
+    manifest = read_data(config, elsewhere)
+    run_folder.check_same_data(run, manifest.place, manifest.checksum, config.data.split)
+    return manifest
 
 
 def build_split(config: Config, manifest: Manifest) -> Split:

@@ -1,12 +1,15 @@
 """What a run has learnt of its train samples, read from a checkpoint: block by block, so tables may exceed the memory.
 
-source = open_source(Path("runs/digits"))       config, data, split, and the newest checkpoint, unread
-for block in source.blocks(): …                 rows as they are stored, about BLOCK bytes of them at a time
-columns = read_columns(source)                  a few numbers for every sample
+A reader opens a source, and takes from it what it needs:
+
+    source = open_source(Path("runs/digits"))       config, data, split, and the newest checkpoint, unread
+    for block in source.blocks(): …                 rows as they are stored, about BLOCK bytes of them at a time
+    columns = read_columns(source)                  a few numbers for every sample
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,11 +47,19 @@ class Source:
     layout: Layout
     reader: RowReader
 
+    @functools.cached_property
+    def wrong_N(self) -> npt.NDArray[np.bool_] | None:
+        """Of each train sample, whether its given label is not the packed one, which is then the true one; None where
+        no label is: the truth is not known.
+        """
+        train = self.split.train
+        differs_N = self.split.label_N[train] != self.manifest.label_N[train]
+        return differs_N if differs_N.any() else None
+
     @property
     def truth_known(self) -> bool:
-        """Whether some given label of the train part differs from the packed one, which is then the true one."""
-        train = self.split.train
-        return bool((self.split.label_N[train] != self.manifest.label_N[train]).any())
+        """Whether `wrong_N` is."""
+        return self.wrong_N is not None
 
     @property
     def step(self) -> int:
@@ -148,8 +159,7 @@ def open_source(run: Path, step: int | None = None, data: Path | str | None = No
 
 def source_of(run: Path, config: Config, reader: RowReader, data: Path | str | None = None) -> Source:
     """What a checkpoint has learnt. AutodoError if its rows are not those of the settings and the data."""
-    manifest = build_data.read_data(config, data)
-    run_folder.check_same_data(run, manifest.place, manifest.checksum, config.data.split)
+    manifest = build_data.read_data_of(run, config, data)
     split = build_data.build_split(config, manifest)
     layout = build.build_layout(config, len(manifest.classes))
     if layout.width and reader.size("hyper.rows.value") != (len(split.train), layout.width):

@@ -18,6 +18,7 @@ from safetensors.numpy import save_file
 from torch import nn
 
 from autodo_dist.data.loader import Loader
+from autodo_dist.evaluate import outputs
 from autodo_dist.files import own_partial, whole
 from autodo_dist.parallel.comm import Ranks
 
@@ -45,15 +46,9 @@ def predict(
     Leaves the module in eval mode. `before_batch` may break it off by an exception, on every rank alike. Every rank
     must call this.
     """
-    module.eval()
     mine: list[torch.Tensor] = []
-    for batch in loader.batches(epoch=0):
-        before_batch()
-        images_BCHW = batch.images_BCHW.to(dtype)
-        if not len(batch):  # a forward is a collective where weights are cut over ranks
-            module(images_BCHW.new_zeros(1, *images_BCHW.shape[1:]))
-            continue
-        share_BC = module(images_BCHW)[1].softmax(1)
+    for batch, logits_BC in outputs(module, loader, dtype, before_batch):
+        share_BC = logits_BC.softmax(1)
         likeliest_B, label_B = share_BC.max(1)
         given_B = share_BC.gather(1, batch.labels_B[:, None])[:, 0]
         mine.append(torch.stack([batch.ids_B.double(), given_B.double(), label_B.double(), likeliest_B.double()]).cpu())

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from typing import Any
 
-from autodo_dist import run_folder
+from autodo_dist import heartbeat, labels_csv, run_folder
 from autodo_dist.build import Hyper, Parts
 from autodo_dist.build_data import build_split
 from autodo_dist.config import Config
@@ -165,13 +165,14 @@ def write_labels(run: Run, hyper: Hyper) -> None:
     with run.clock.phase("evaluation"):
         found = predict(parts.evaluated, loader, parts.dtype, run.ranks, run.before_evaluated)
     note_dropped(run)
+    heartbeat.rest()  # a large table takes longer to read and write than a batch
     if not run.ranks.main:
         return
     reader = RowReader(find_checkpoint(folder / "checkpoints", run.progress.step))
     source = Source(folder, run.config, parts.manifest, split, hyper.parameters.layout, reader)
     write_predictions(folder, source.step, found)
     columns = read_columns(source)
-    run_folder.write_labels(folder / "labels.csv", columns, scores(columns), parts.manifest)
+    labels_csv.write_labels(folder / "labels.csv", columns, scores(columns), parts.manifest)
 
 
 def percent(share: float | None) -> str:

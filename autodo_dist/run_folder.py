@@ -13,7 +13,7 @@ runs/NAME/
   ranks/              while a run is under way: where each rank is, see launcher/warden.py
   nonfinite.jsonl     with train.on_nonfinite=rollback: batches that were left out, see nonfinite.py
   dropped.csv         with data.on_error=skip: pictures that do not decode
-  labels.csv          of each train sample: weight, suggested and predicted label, how suspect the given one is
+  labels.csv          of each train sample: what a run knows of its label, and how suspect that is, see labels_csv.py
   predictions.safetensors   what the model says of the train pictures, see predictions.py
   summary.json        the result; a run that has it is finished
 """
@@ -31,10 +31,7 @@ import subprocess
 import tempfile
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-import numpy as np
-import numpy.typing as npt
 import yaml
 
 from autodo_dist import __version__
@@ -42,20 +39,10 @@ from autodo_dist.config import Config, differences
 from autodo_dist.data import split_file
 from autodo_dist.data.manifest import Manifest
 from autodo_dist.errors import AutodoError
-from autodo_dist.files import read_json, whole, write_json, write_text
+from autodo_dist.files import read_json, write_json, write_text
 from autodo_dist.load_config import check_config
 
-if TYPE_CHECKING:  # it imports this module
-    from autodo_dist.learnt import Columns
-
 log = logging.getLogger(__name__)
-Labels = npt.NDArray[np.int32]
-Numbers = npt.NDArray[np.float32]
-LINES = 1 << 14  # of labels.csv that are written together
-LABELS = (
-    *("id", "key", "given_label", "weight", "suggested_label", "suggested_probability"),
-    *("predicted_label", "predicted_probability", "score"),
-)
 PACKAGES = ("torch", "torchvision", "nvidia-dali-cuda130", "deepspeed", "submitit", "webdataset", "numpy")
 
 
@@ -134,35 +121,6 @@ def describe(config: Config, data_checksum: str, hosts: list[str], main: bool) -
     } | {name: _version(name) for name in PACKAGES}
     checksums = {"data_checksum": data_checksum, "split_checksum": split_checksum(config.data.split)}
     write_json(path, checksums | {"starts": [*starts, start]})
-
-
-def write_labels(path: Path, columns: Columns, score_N: Numbers, manifest: Manifest) -> None:
-    """Write labels.csv, a line for each train sample in the order of ids; empty where the run does not know."""
-    names = [*manifest.classes, ""]  # the last one is that of -1
-    labels = [columns.given_N, columns.suggested_N, columns.predicted_N]
-    numbers = [columns.weight_N, columns.suggested_probability_N, columns.predicted_probability_N, score_N]
-    with whole(path) as partial, partial.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow(LABELS)
-        for start in range(0, len(score_N), LINES):
-            part = slice(start, start + LINES)
-            ids = columns.id_N[part]
-            keys = manifest.keys.take(ids).to_pylist()
-            given, suggested, predicted = (named(it, part, len(ids), names) for it in labels)
-            weight, share, likeliest, score = (figures(it, part, len(ids)) for it in numbers)
-            writer.writerows(
-                zip(ids.tolist(), keys, given, weight, suggested, share, predicted, likeliest, score, strict=True)
-            )
-
-
-def named(label_N: Labels | None, part: slice, count: int, names: list[str]) -> list[str]:
-    """The classes' names of a part of the samples."""
-    return [""] * count if label_N is None else [names[label] for label in label_N[part].tolist()]
-
-
-def figures(value_N: Numbers | None, part: slice, count: int) -> list[str]:
-    """Numbers of a part of the samples, as they are written."""
-    return [""] * count if value_N is None else ["" if it != it else f"{it:.6g}" for it in value_N[part].tolist()]
 
 
 def write_dropped(folder: Path, why: dict[int, str], manifest: Manifest) -> int:

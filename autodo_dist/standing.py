@@ -16,14 +16,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from autodo_dist import ledger, run_folder
+from autodo_dist import ledger, run_folder, run_lock
 from autodo_dist.config import Config
 from autodo_dist.errors import AutodoError
 
 Row = dict[str, Any]
 State = Literal["not started", "queued", "starting", "running", "silent", "stopped", "failed", "finished"]
 SILENT_S = 15.0  # without a word of a rank, or three times the interval in which it gives one
-LOCK_S = 60.0  # after its last stamp a lock tells no more of a run that lives: run_lock.SILENCE
 RECENT = 20  # lines of metrics from which rates are taken
 
 
@@ -164,7 +163,7 @@ class Looker:
             at = f" at {end['at']}" if end.get("at") else ""
             return ("failed" if end["cause"] == "failed" else "stopped"), f"{end['why']}{at}"
         locks = [age_of(path, now) for path in self.run.glob("lock.*.json")]
-        if any(age is not None and age < LOCK_S for age in locks):
+        if any(age is not None and age < run_lock.SILENCE for age in locks):
             return ("running" if starts else "starting"), ""
         asked = self._queue()
         if asked:

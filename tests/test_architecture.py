@@ -55,9 +55,9 @@ ALLOWED = {
         "autodo_dist.errors",
         "autodo_dist.label_errors",
         "autodo_dist.learnt",
-        "autodo_dist.parallel",
     ),
     "autodo_dist.report.pictures": (
+        "autodo_dist.contact_sheet",
         "autodo_dist.data",
         "autodo_dist.errors",
         "autodo_dist.learnt",

@@ -25,7 +25,7 @@ from test_train import (
     weights,
 )
 
-from autodo_dist import run_folder
+from autodo_dist import labels_csv
 from autodo_dist.build import Hyper, build
 from autodo_dist.data.loader import Batch, Loader, endless
 from autodo_dist.data.manifest import read_manifest
@@ -240,7 +240,7 @@ def test_labels_and_hyper_lines(digits: Path, tmp_path: Path) -> None:
     manifest = read_manifest(digits)
     with (folder / "labels.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
-    assert list(rows[0]) == list(run_folder.LABELS)
+    assert list(rows[0]) == list(labels_csv.HEADER)
     assert len(rows) == 636
     assert all(row["key"] == manifest.keys[int(row["id"])].as_py() for row in rows)
     assert {row["given_label"] for row in rows} == set(manifest.classes)

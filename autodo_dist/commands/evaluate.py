@@ -36,8 +36,7 @@ def evaluate_checkpoint(run: Path, step: int | None, data: Path | str | None) ->
     from autodo_dist.parallel import checkpoint, comm
 
     config = run_folder.read_config(run)
-    manifest = build_data.read_data(config, data)
-    run_folder.check_same_data(run, manifest.place, manifest.checksum, config.data.split)
+    manifest = build_data.read_data_of(run, config, data)
     check_files(manifest)
     with comm.process_group(comm.Place(), build.choose_device(config.train.device, 0)) as ranks:
         root = run / "checkpoints"

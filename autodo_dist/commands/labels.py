@@ -48,8 +48,8 @@ def labels(
             )
         typer.echo(correct(run, data, apply, split_out))
         return
-    from autodo_dist import run_folder
     from autodo_dist.label_errors import scores
+    from autodo_dist.labels_csv import write_labels
     from autodo_dist.learnt import open_source, read_columns
 
     source = open_source(run, step, data)
@@ -57,11 +57,11 @@ def labels(
     score_N = scores(columns)
     out = out or run / ("labels.csv" if step is None else f"labels-{step}.csv")
     try:
-        run_folder.write_labels(out, columns, score_N, source.manifest)
+        write_labels(out, columns, score_N, source.manifest)
     except OSError as error:
         raise AutodoError(f"--out {out}: cannot be written ({error.strerror}); choose another place") from error
     lines = [f"{out}: {len(score_N)} train samples, step {source.step}", *suspects(source, columns, score_N)]
-    typer.echo("\n".join([*lines, *(against_truth(source, columns, score_N) if source.truth_known else ())]))
+    typer.echo("\n".join([*lines, *against_truth(source, columns, score_N)]))
 
 
 def predictions(source: Source, keep: bool) -> Predictions:
@@ -104,11 +104,15 @@ def suspects(source: Source, columns: Columns, score_N: Numbers) -> list[str]:
 
 
 def against_truth(source: Source, columns: Columns, score_N: Numbers) -> list[str]:
-    """How well the score finds the labels that are not the packed ones, and which labels are right how often."""
+    """How well the score finds the labels that are not the packed ones, and which labels are right how often.
+
+    Nothing where the truth is not known.
+    """
     from autodo_dist.label_errors import measures
 
+    if (wrong_N := source.wrong_N) is None:
+        return []
     true_N = source.manifest.label_N[columns.id_N]
-    wrong_N = columns.given_N != true_N
     named = {"given": columns.given_N, "learnt": columns.suggested_N, "predicted": columns.predicted_N}
     shares = [f"{word} {(label_N == true_N).mean():.2%}" for word, label_N in named.items() if label_N is not None]
     lines = [f"the true labels are known: {wrong_N.sum()} of {len(wrong_N)} are wrong; right are {', '.join(shares)}"]
@@ -128,8 +132,7 @@ def correct(run: Path, data: str | None, ticks: Path, out: Path) -> str:
     from autodo_dist.files import sha256
 
     config = run_folder.read_config(run)
-    manifest = build_data.read_data(config, data)
-    run_folder.check_same_data(run, manifest.place, manifest.checksum, config.data.split)
+    manifest = build_data.read_data_of(run, config, data)
     before = build_data.build_split(config, manifest)
     after = read_corrections(ticks, manifest, before)
     if missing := build_data.lacking(manifest, after.train):

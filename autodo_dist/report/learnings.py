@@ -17,7 +17,6 @@ import numpy.typing as npt
 from autodo_dist import label_errors
 from autodo_dist.errors import AutodoError
 from autodo_dist.learnt import Columns, Source, open_source, read_columns
-from autodo_dist.parallel import checkpoint
 
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 
@@ -27,12 +26,20 @@ Truth = npt.NDArray[np.bool_]
 
 @dataclass(frozen=True)
 class Learnt:
-    """What a checkpoint holds. wrong_N: the given label is not the packed one; None where none differs (not known)."""
+    """What a checkpoint holds."""
 
     source: Source
     columns: Columns
-    step: int
-    wrong_N: Truth | None
+
+    @property
+    def step(self) -> int:
+        """The step of the checkpoint."""
+        return self.source.step
+
+    @property
+    def wrong_N(self) -> Truth | None:
+        """The given label is not the packed one; None where none differs (not known)."""
+        return self.source.wrong_N
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -78,13 +85,9 @@ def read_learnt(run: Path, step: int | None, places: Sequence[str]) -> Learnt:
     for place in [*places, None]:
         try:
             source = open_source(run, step, place)
-            columns = read_columns(source)
+            return Learnt(source, read_columns(source))
         except AutodoError as error:
             faults.append(error)
-            continue
-        train = source.split.train
-        wrong_N = columns.given_N != source.manifest.label_N[train] if source.truth_known else None
-        return Learnt(source, columns, checkpoint.step_of(source.reader.path), wrong_N)
     raise faults[-1]
 
 

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from autodo_dist import contact_sheet
 from autodo_dist.data import order, pil
 from autodo_dist.data.order import Crop, Ids
 from autodo_dist.data.pixels import Finish, Pictures
@@ -64,8 +65,7 @@ def thumbnail(encoded: Encoded) -> str | None:
         image = Image.fromarray(pil.decode(encoded.tobytes()))
     except pil.FAULTS:
         return None
-    image.thumbnail((SIDE, SIDE))
-    return data_uri(image)
+    return _show(image)
 
 
 def data_uri(image: Image.Image) -> str:
@@ -104,7 +104,7 @@ def sheet(source: Source, ids: Ids) -> list[Sample]:
         strengths = torch.cat([torch.zeros(1, len(operations)), strengths_DK])
         images = warp.augment(image_1CHW.expand(DRAWS + 1, -1, -1, -1), strengths, data.mean, data.std)
         done = [{name: s for name, s in zip(operations, row, strict=True) if s} for row in strengths.tolist()]
-        uris = [_show(image_CHW, data.mean, data.std) for image_CHW in images]
+        uris = [_show(contact_sheet.picture(image_CHW, data.mean, data.std)) for image_CHW in images]
         probability = dict(zip(operations, gate_K.sigmoid().tolist(), strict=True))
         pictures = [Drawn(uri, each) for uri, each in zip(uris, done, strict=True)]
         key, given = str(manifest.keys[id_]), manifest.classes[source.split.label_N[id_]]
@@ -123,9 +123,6 @@ def _logits(source: Source, ids: Ids) -> torch.Tensor:
     return torch.stack([groups["gate_logit"], groups["magnitude_logit"]])
 
 
-def _show(image_CHW: torch.Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> str:
-    mean_C11, std_C11 = (torch.tensor(values)[:, None, None] for values in (mean, std))
-    bytes_HWC = ((image_CHW * std_C11 + mean_C11).clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy()
-    image = Image.fromarray(bytes_HWC)
+def _show(image: Image.Image) -> str:
     image.thumbnail((SIDE, SIDE))
     return data_uri(image)
