@@ -22,6 +22,7 @@ from autodo_dist.build_data import (
     choose_kept,
     keep_shards,
     operations,
+    trained_on,
 )
 from autodo_dist.build_engine import build_engine
 from autodo_dist.compiling import compile_encoder
@@ -136,6 +137,7 @@ def build(config: Config, manifest: Manifest, ranks: Ranks) -> Parts:
             normalise=config.learn.normalize_weights,
             bias=config.compat is None,
             smoothing=config.train.label_smoothing,
+            adjustment_C=model.head.weight.new_zeros(len(manifest.classes)) if config.train.logit_adjustment else None,
         ),
         pictures=build_pictures(config),
         hyper=build_hyper(config, manifest, split, model.head, schedule, ranks) if config.learn.anything else None,
@@ -216,7 +218,7 @@ def build_hyper(
         parameters=Hyperparameters(
             layout,
             split.train,
-            split.label_N,
+            trained_on(split, manifest, "all").label_N,
             ranks,
             Rmsprop(hyper.decay, hyper.eps),
             dtype,

@@ -18,13 +18,14 @@ import torch
 
 from autodo_dist import run_folder
 from autodo_dist.config import Config
+from autodo_dist.data import order
 from autodo_dist.data.loader import Dropped, Loader
 from autodo_dist.data.manifest import Manifest, cache_folder, read_manifest
 from autodo_dist.data.order import Crop, Ids
 from autodo_dist.data.pixels import Finish, Pixels
 from autodo_dist.data.policies import Policy, make_choice, make_erase
 from autodo_dist.data.shards import Shards
-from autodo_dist.data.split import Recipe, Split, make_split
+from autodo_dist.data.split import Recipe, Split, folds, make_split
 from autodo_dist.data.split_file import read_split
 from autodo_dist.data.staging import Turn
 from autodo_dist.data.torchvision_pixels import PilWindows, TorchvisionPixels
@@ -39,12 +40,13 @@ DEFAULT_CACHE_GB = 10.0  # in the default folder: home folders are small
 @dataclass(frozen=True)
 class Loaders:
     """A stream for each use, and what they all dropped. `hyper` and `hyper_validation` are the two sides of a hyper
-    step.
+    step; `validation_passes` of the latter are for each epoch of the former.
     """
 
     task: Loader
     hyper: Loader
     hyper_validation: Loader
+    validation_passes: int
     validation: Loader
     test: Loader
     dropped: Dropped
@@ -70,14 +72,43 @@ def build_split(config: Config, manifest: Manifest) -> Split:
     """The parts of the run and the given labels: of the file that data.split names, or drawn by the other settings."""
     data = config.data
     if data.split is not None:
-        return read_split(data.split, manifest)
+        return trained_on(read_split(data.split, manifest), manifest, data.train_on)
     recipe = Recipe(
         validation_fraction=data.validation_fraction,
         imbalance_ratio=data.imbalance_ratio,
         noise_rate=data.label_noise,
         seed=data.split_seed,
     )
-    return make_split(manifest.label_N, manifest.part_N, len(manifest.classes), recipe)
+    split = make_split(manifest.label_N, manifest.part_N, len(manifest.classes), recipe)
+    return trained_on(split, manifest, data.train_on)
+
+
+def trained_on(split: Split, manifest: Manifest, what: Literal["train", "all", "clean"]) -> Split:
+    """The split whose train part is what data.train_on says; clean pictures keep their true labels."""
+    if what == "train":
+        return split
+    label_N = split.label_N.copy()
+    label_N[split.validation] = manifest.label_N[split.validation]
+    train = split.validation if what == "clean" else np.union1d(split.train, split.validation)
+    return replace(split, train=train, label_N=label_N)
+
+
+def clean_folds(config: Config, manifest: Manifest, split: Split) -> tuple[Ids, ...]:
+    """The folds of the clean validation part that epochs leave out in turn; none where it is not trained on.
+
+    AutodoError if a class has fewer pictures than there are folds.
+    """
+    count = config.learn.clean_folds
+    if not count:
+        return ()
+    label_N, classes = manifest.label_N, manifest.classes
+    counts = np.bincount(label_N[split.validation], minlength=len(classes))
+    if counts.min() < count:
+        raise AutodoError(
+            f"learn.clean_folds = {count}: class {classes[counts.argmin()]} has {counts.min()} clean pictures, not one "
+            "for each fold; lower it, or raise data.validation_fraction"
+        )
+    return folds(split.validation, label_N, len(classes), count, config.train.seed)
 
 
 def check_split(config: Config, manifest: Manifest, split: Split) -> None:
@@ -134,8 +165,9 @@ def operations(config: Config) -> tuple[str, ...]:
 
 
 def build_loaders(config: Config, manifest: Manifest, split: Split, ranks: Ranks) -> Loaders:
-    """A loader for each use; only the train part's labels are the given ones, only its pictures get the policy."""
-    data = config.data
+    """A loader for each use; only train pictures have the given labels, only what is trained on gets the policy."""
+    data, clean = config.data, split.validation
+    folds_F = clean_folds(config, manifest, split)
     crop = Crop(data.crop, data.crop_area, data.crop_padding, data.image_size, data.evaluation_crop, data.flip)
     policy, pixels, dropped = build_policy(config), build_pixels(config, ranks.device), build_dropped(config, manifest)
     plain = Finish(crop, data.mean, data.std)
@@ -153,23 +185,28 @@ def build_loaders(config: Config, manifest: Manifest, split: Split, ranks: Ranks
     )
     batch = config.train.batch_size
     piece = -(-batch // config.train.accumulate)
-    # A small validation part is one batch; without any, the run learns nothing and this loader is not used.
-    validation_batch = max(1, min(batch, len(split.validation)))
     train = functools.partial(
         load,
         pixels=functools.partial(pixels, augmented),
-        label_N=split.label_N,
-        ids=split.train,
         batch_size=batch,
         draws=2 * len(operations(config)),
         policy=policy,
     )
     evaluate = functools.partial(load, pixels=functools.partial(pixels, plain), label_N=manifest.label_N)
+    everything = trained_on(split, manifest, "all" if folds_F else "train")
+    task = train(pass_="task", ids=everything.train, label_N=everything.label_N, absent=folds_F)
+    others_F = [np.setdiff1d(clean, fold, assume_unique=True) for fold in folds_F]
+    # A small clean part is one batch; without any, the run learns nothing and this loader is not used.
+    validation_batch = max(1, min(batch, order.fewest(clean, others_F)))
+    hyper_validation = evaluate(ids=clean, pass_="validation", batch_size=validation_batch, absent=others_F)
+    passes = -(-task.steps // (config.hyper.validation_every * max(1, hyper_validation.steps)))
+    hyper_validation.absent = [others for others in others_F for _ in range(passes)]  # an epoch's passes have one fold
     return Loaders(
-        task=train(pass_="task"),
-        hyper=train(pass_="hyper"),
-        hyper_validation=evaluate(ids=split.validation, pass_="validation", batch_size=validation_batch),
-        validation=evaluate(ids=split.validation, pass_="evaluation", batch_size=piece),
+        task=task,
+        hyper=train(pass_="hyper", ids=split.train, label_N=split.label_N),
+        hyper_validation=hyper_validation,
+        validation_passes=passes,
+        validation=evaluate(ids=clean, pass_="evaluation", batch_size=piece),
         test=evaluate(ids=split.test, pass_="evaluation", batch_size=piece),
         dropped=dropped,
     )

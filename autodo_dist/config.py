@@ -169,6 +169,11 @@ class Data(Section):
     )
     label_noise: float = Field(0.0, ge=0, le=1, description="NR: share of train labels that are redrawn uniformly")
     split_seed: int = Field(0, ge=0, lt=2**63, description="seed of the split and of its distortion")
+    train_on: Literal["train", "all", "clean"] = Field(
+        "train",
+        description="all: the clean validation part is trained on like the train part; clean: it alone. For runs that "
+        "learn nothing from it; see learn.clean_folds",
+    )
     split: Path | None = Field(
         None, description="file that `autodo split` wrote, in place of the four settings before; null: drawn by them"
     )
@@ -353,6 +358,12 @@ class Train(Section):
         lt=1,
         description="α: the loss has (1 - α)y + α/C for labels; with learn.soft_label see learn.smoothing",
     )
+    logit_adjustment: float = Field(
+        0.0,
+        ge=0,
+        description="τ: the train loss sees logits + τ·log π, π: class shares of what is trained on, by learnt "
+        "weights and labels (Menon et al. 2021; 1: balanced softmax, Ren et al. 2020). For imbalanced classes",
+    )
     average: float | None = Field(
         None, gt=0, lt=1, description="d: evaluate the average w̄ <- d·w̄ + (1 - d)·w over task steps instead of w"
     )
@@ -389,6 +400,13 @@ class Learn(Section):
     soft_label: bool = Field(False, description="λ^S: a soft label per sample")
     loss: Literal["symmetric_kl", "kl"] = Field(
         "symmetric_kl", description="loss between prediction and soft label; without soft labels it is cross entropy"
+    )
+    clean_folds: int = Field(
+        0,
+        ge=0,
+        description="F: the clean validation part is trained on, too, but for one of F folds in turn: that which an "
+        "epoch leaves out gives its validation gradient. Without rows: clean pictures weigh 1 and keep their labels. "
+        "0: it is not trained on (the paper)",
     )
     smoothing: float = Field(0.1, description="α: soft labels start at (1 - α)y + α/C; 0 < α < C/(C - 1)")
 

@@ -48,6 +48,7 @@ def check_consistent(config: Config) -> None:
             f"data.policy = {config.data.policy}: custom and data.sub_policies belong together; set both or neither"
         )
     check_optimizer(config)
+    check_clean(config)
     if not learn.anything:
         if config.history.ids:
             raise AutodoError(
@@ -64,6 +65,20 @@ def check_consistent(config: Config) -> None:
             f"hyper.damping = {hyper.damping:g}: below optim.weight_decay = {config.optim.weight_decay:g}, which is "
             "part of the Hessian that cg inverts; raise it"
         )
+
+
+def check_clean(config: Config) -> None:
+    """AutodoError for uses of the clean validation part that exclude each other."""
+    learn, train_on = config.learn, config.data.train_on
+    if train_on != "train" and learn.anything:
+        raise AutodoError(
+            f"data.train_on = {train_on}: rows are learnt from clean pictures that are not trained on at the time; set "
+            "learn.clean_folds=5 in its place"
+        )
+    if learn.clean_folds and not learn.anything:
+        raise AutodoError(f"learn.clean_folds = {learn.clean_folds}: nothing is learnt; set data.train_on=all instead")
+    if learn.clean_folds == 1:
+        raise AutodoError("learn.clean_folds = 1: no clean picture would be trained on; set 0, or 2 and more")
 
 
 def check_engine(config: Config) -> None:

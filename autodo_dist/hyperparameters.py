@@ -82,6 +82,16 @@ class Layout:
 BLOCK = 1 << 14  # rows that are looked at together
 
 
+def class_mass(groups: dict[str, torch.Tensor], labels_n: torch.Tensor, classes: int) -> torch.Tensor:
+    """Σ_i w_i q_ic (C, float64) of samples with these labels; `groups` are those of their rows that are learnt."""
+    weight_n = torch.ones(len(labels_n), dtype=torch.float64)
+    if "weight_logit" in groups:
+        weight_n = losses.weight(groups["weight_logit"]).double().cpu()
+    if "soft_logit" in groups:
+        return weight_n @ groups["soft_logit"].softmax(1).double().cpu()
+    return torch.zeros(classes, dtype=torch.float64).index_add_(0, labels_n, weight_n)
+
+
 class Hyperparameters:
     """The learnt hyperparameters of a run's train samples. Every method is a collective: every rank must call it.
 
@@ -89,6 +99,8 @@ class Hyperparameters:
     while the next one's does. The numbers are those of the plain order, fetch, step, apply, fetch, …, as long as the
     next batch shares no id with this one; so `fetch` may be told of the next batch of the same pass, in which no id
     comes twice, and the first batch of a pass is fetched after the last gradients of the pass before.
+
+    A sample of another part has no row: it is fetched as one would start, with the label of label_N, and stays so.
     """
 
     def __init__(
@@ -154,7 +166,20 @@ class Hyperparameters:
             )
 
     def _fetch(self, ids_B: torch.Tensor) -> torch.Tensor:
-        return self.table.fetch(ids_B) if self.layout.width else torch.empty(len(ids_B), 0, device=self.ranks.device)
+        if not self.layout.width:
+            return torch.empty(len(ids_B), 0, device=self.ranks.device)
+        mine_B = self._have_rows(ids_B)
+        values_BP = self.table.fetch(ids_B[mine_B])
+        if len(values_BP) == len(ids_B):
+            return values_BP
+        whole_BP = self.layout.start(self.label_N[ids_B.cpu().numpy()], values_BP.dtype).to(values_BP.device)
+        whole_BP[mine_B] = values_BP
+        return whole_BP
+
+    def _have_rows(self, ids_B: torch.Tensor) -> torch.Tensor:
+        ids = self.table.ids
+        wanted_B = ids_B.cpu().numpy()
+        return torch.from_numpy(ids[np.searchsorted(ids, wanted_B).clip(max=len(ids) - 1)] == wanted_B).to(ids_B.device)
 
     def apply_grads(self, ids_B: torch.Tensor, grads: Rows, *, lr: float, step: int) -> None:
         """One RMSprop step, number `step` counted from 1; it may still be going on when this returns.
@@ -171,7 +196,8 @@ class Hyperparameters:
             finite_B &= part.isfinite().all(1)
         self._count_bad(ids_B[~finite_B], step)
         if self.layout.width:
-            self.table.apply_grads(ids_B[finite_B], rows_BP[finite_B], lr=lr, step=step)
+            stepped_B = finite_B & self._have_rows(ids_B)
+            self.table.apply_grads(ids_B[stepped_B], rows_BP[stepped_B], lr=lr, step=step)
         if self.layout.augment == "shared" and gates:
             self.shared.apply_grad(torch.cat(gates, 1)[finite_B].sum(0), lr=lr, step=step)
 
@@ -192,6 +218,25 @@ class Hyperparameters:
         counts = torch.stack([(weight_n < 0.5).sum(), (label_n != given_n).sum()]).double().to(self.ranks.device)
         small, changed = (self.ranks.sum(counts) / max(1, len(self.table.ids))).tolist()
         return {"weights_below_half": small, "changed_labels": changed}
+
+    def class_mass(self, classes: int) -> torch.Tensor:
+        """Σ_i w_i q_ic (C, float64) of all train samples between two steps, of their given labels where λ^S is not
+        learnt; on the CPU.
+        """
+        self.rest()
+        mass_C = torch.zeros(classes, dtype=torch.float64)
+        label_n = torch.from_numpy(self.label_N[self.table.my_ids]).to(torch.int64)
+        for start in range(0, len(label_n), BLOCK):
+            part = slice(start, start + BLOCK)
+            groups = self.layout.split(self.table.value_nP[part].to(computed_in(self.table.value_nP.dtype)))
+            mass_C += class_mass(groups, label_n[part], classes)
+        return self.ranks.sum(mass_C.to(self.ranks.device)).cpu()
+
+    def start_mass(self, ids_n: Ids, classes: int) -> torch.Tensor:
+        """The same of samples without rows, at the start values that they keep."""
+        label_n = self.label_N[ids_n]
+        groups = self.layout.split(self.layout.start(label_n, torch.float64))
+        return class_mass(groups, torch.from_numpy(label_n).to(torch.int64), classes)
 
     def look_up(self, ids_n: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The rows (n × P) of some samples between two steps, and the hyper step that last changed each; on the CPU."""

@@ -69,6 +69,8 @@ def tensors(parts: Parts) -> dict[str, Any]:
     state = parts.engine.state()
     if parts.average is not None:
         state |= {"average": parts.average.state()}
+    if parts.objective.adjustment_C is not None:
+        state |= {"logit_adjustment": parts.objective.adjustment_C}
     if parts.hyper is not None:
         state |= {"hyper": parts.hyper.parameters.state() | {"valid_grad": parts.hyper.valid_grad_CD}}
     return state

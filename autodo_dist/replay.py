@@ -50,18 +50,19 @@ class Moment:
 
 @dataclass(frozen=True)
 class Course:
-    """When a sample's turn comes in its run. ids: the train part. steps: of a pass. begun: the epoch, and the steps
-    done, with which the run began.
+    """When a sample's turn comes in its run. ids: those of each pass, HYPER and TASK; absent: those that epochs of the
+    latter leave out in turn; steps: of each. begun: the epoch, and the steps done, with which the run began.
 
     learnt_from: the first epoch in which rows are learnt, in hyper passes of their own (`separate`) or in task steps.
     shared: all samples have one augmentation.
     """
 
     id: int
-    ids: Ids
+    ids: tuple[Ids, Ids]
+    absent: tuple[Ids, ...]
     seed: int
     batch_size: int
-    steps: int
+    steps: tuple[int, int]
     epochs: int
     begun: tuple[int, int]
     learnt_from: int
@@ -72,25 +73,29 @@ class Course:
         """The passes of an epoch."""
         return (HYPER, TASK) if self.separate and epoch >= self.learnt_from else (TASK,)
 
+    def order(self, epoch: int, pass_: int) -> Ids:
+        """The ids of a pass in their order."""
+        ids = order.present(self.ids[pass_], self.absent if pass_ == TASK else (), epoch)
+        return order.shuffled(ids, self.seed, epoch, PASSES[pass_])
+
     def turn(self, epoch: int, pass_: int) -> Moment | None:
         """When the sample comes up in a pass; None where it does not."""
-        ids = order.shuffled(self.ids, self.seed, epoch, PASSES[pass_])
-        position = int(np.flatnonzero(ids == self.id)[0]) // self.batch_size
-        return Moment(epoch, pass_, position) if position < self.steps else None
+        position = int(np.flatnonzero(self.order(epoch, pass_) == self.id)[0]) // self.batch_size
+        return Moment(epoch, pass_, position) if position < self.steps[pass_] else None
 
     def steps_before(self, moment: Moment) -> int:
         """Steps, of both kinds, that the run has done by then."""
         first, done = self.begun
-        passes = sum(len(self.passes(epoch)) for epoch in range(first, moment.epoch))
-        passes += self.passes(moment.epoch).index(moment.pass_) if moment.position or moment.pass_ else 0
-        return done + passes * self.steps + moment.position
+        passes = [pass_ for epoch in range(first, moment.epoch) for pass_ in self.passes(epoch)]
+        passes += [pass_ for pass_ in self.passes(moment.epoch) if pass_ < moment.pass_]
+        return done + sum(self.steps[pass_] for pass_ in passes) + moment.position
 
     def unchanged(self, first: Moment, last: Moment) -> bool:
         """Whether no step from one moment up to a later one changes the sample's augmentation."""
         pass_ = HYPER if self.separate else TASK
         for epoch in range(max(first.epoch, self.learnt_from), min(last.epoch + 1, self.epochs)):
             if self.shared:  # by every step
-                changed = max(first, Moment(epoch, pass_)) < min(last, Moment(epoch, pass_, self.steps))
+                changed = max(first, Moment(epoch, pass_)) < min(last, Moment(epoch, pass_, self.steps[pass_]))
             else:
                 turn = self.turn(epoch, pass_)
                 changed = turn is not None and first <= turn < last
@@ -137,15 +142,20 @@ class NotSeen(Exception):
 def course_of(source: Source, id_: int) -> Course:
     """When a sample of the train part comes up, by the run's settings and ledger."""
     config, train = source.config, source.split.train
-    steps = order.steps_per_pass(len(train), config.train.batch_size, drop_last=True)
+    folds = build_data.clean_folds(config, source.manifest, source.split)
+    trained = np.union1d(train, source.split.validation) if folds else train
+    batch, most = config.train.batch_size, config.train.steps_per_pass
+    full = [order.steps_per_pass(count, batch, drop_last=True) for count in (len(train), order.fewest(trained, folds))]
+    hyper, task = full if most is None else (min(most, steps) for steps in full)
     starts = [it for it in ledger.read(source.run) if it["event"] == "start"]
     begun = (starts[0].get("epoch", 0), starts[0]["step"]) if starts else (0, 0)
     return Course(
         id=id_,
-        ids=train,
+        ids=(train, trained),
+        absent=folds,
         seed=config.train.seed,
-        batch_size=config.train.batch_size,
-        steps=min(steps, config.train.steps_per_pass or steps),
+        batch_size=batch,
+        steps=(hyper, task),
         epochs=config.train.epochs,
         begun=begun,
         learnt_from=max(config.hyper.start_epoch, begun[0]),
@@ -265,7 +275,7 @@ def ranks_at(source: Source, done: int) -> int:
 
 def load(source: Source, course: Course, turn: Moment, ranks: int) -> tuple[int, Batch]:
     """The rank that had the sample, and its part of the batch, as its loader gave it."""
-    ids = order.shuffled(course.ids, course.seed, turn.epoch, PASSES[turn.pass_])
+    ids = course.order(turn.epoch, turn.pass_)
     parts = [order.local_ids(ids, course.batch_size, turn.position, rank, ranks) for rank in range(ranks)]
     rank = next(rank for rank, part in enumerate(parts) if course.id in part)
     config, device = here(source.config)

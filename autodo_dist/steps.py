@@ -244,7 +244,8 @@ def train_forward(parts: Parts, piece: Piece, weight_B: torch.Tensor, ranks: Ran
     """The model's forward in train mode, and the weighted loss; `weight_B` are those of the rank's whole part."""
     features_BD, logits_BC = parts.engine.forward(piece.augmented(parts.pictures), piece.last)
     objective = parts.objective
-    loss_B = sample_loss(objective.loss, logits_BC, piece.labels_B, piece.rows.soft_logit, objective.smoothing)
+    seen_BC = objective.adjusted(logits_BC)
+    loss_B = sample_loss(objective.loss, seen_BC, piece.labels_B, piece.rows.soft_logit, objective.smoothing)
     loss = (weight_B[piece.place] * loss_B).sum()
     hits = (logits_BC.detach().argmax(1) == piece.labels_B).sum()
     figures = torch.zeros(len(FIGURES), dtype=torch.float64, device=loss.device)

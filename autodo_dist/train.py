@@ -13,7 +13,7 @@ import psutil
 import torch
 from rich.console import Console
 
-from autodo_dist import curves, engine_settings, heartbeat, ledger, nonfinite, run_folder, run_lock
+from autodo_dist import class_prior, curves, engine_settings, heartbeat, ledger, nonfinite, run_folder, run_lock
 from autodo_dist.build import Parts, build, check_device, choose_device
 from autodo_dist.build_data import read_data
 from autodo_dist.config import Config
@@ -195,6 +195,8 @@ def loop(run: Run) -> None:
     progress, epochs = run.progress, run.config.train.epochs
     while progress.epoch < epochs:
         if progress.pass_ == "hyper":
+            if progress.position == 0:
+                renew_adjustment(run)
             if learning(run, "separate"):
                 hyper_pass(run)
             progress.pass_, progress.position = "task", 0
@@ -206,6 +208,16 @@ def loop(run: Run) -> None:
         save(run)
     finish_saving(run)
     summarise(run)
+
+
+def renew_adjustment(run: Run) -> None:
+    """Adjust logits for the epoch that begins, where that is asked for. Every rank must call this."""
+    adjustment_C, hyper = run.parts.objective.adjustment_C, run.parts.hyper
+    if adjustment_C is not None:
+        rows = None if hyper is None else hyper.parameters
+        class_prior.renew(
+            adjustment_C, run.config.train.logit_adjustment, run.parts.loaders.task, run.progress.epoch, rows
+        )
 
 
 def learning(run: Run, way: str) -> bool:
@@ -273,12 +285,11 @@ def with_validation(run: Run, loader: Loader) -> Iterator[tuple[Batch | None, Ba
 
     That is at the pass's first step, as the model has changed since, and every `validation_every` steps from there on.
     """
-    progress, hyper = run.progress, run.parts.hyper
+    progress, hyper, loaders = run.progress, run.parts.hyper, run.parts.loaders
     assert hyper is not None
     every, start = hyper.validation_every, progress.position
-    passes = (progress.hyper_steps - start) // loader.steps
-    renewals = passes * -(-loader.steps // every) + -(-start // every)
-    validations = endless(run.parts.loaders.hyper_validation, renewals)
+    first = progress.epoch * loaders.validation_passes * loaders.hyper_validation.steps
+    validations = endless(loaders.hyper_validation, first + -(-start // every))
     for position, batch in enumerate(batches(run, loader), start=start):
         yield batch, next(validations) if position % every == 0 else None
 

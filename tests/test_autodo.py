@@ -25,7 +25,7 @@ from test_train import (
     weights,
 )
 
-from autodo_dist import labels_csv
+from autodo_dist import class_prior, labels_csv
 from autodo_dist.build import Hyper, build
 from autodo_dist.data.loader import Batch, Loader, endless
 from autodo_dist.data.manifest import read_manifest
@@ -70,6 +70,8 @@ def pass_states(tree: dict[str, Any], steps: int) -> dict[str, torch.Tensor]:
         parts = build(config, read_manifest(config.data.root), ranks)
         hyper = parts.hyper
         assert hyper is not None
+        if parts.objective.adjustment_C is not None:
+            class_prior.renew(parts.objective.adjustment_C, 1.0, parts.loaders.task, 0, hyper.parameters)
         figures, rows, unchanged = [], [], True
         batches = [first(loader, steps) for loader in (parts.loaders.hyper, parts.loaders.task)]
         validations = endless(parts.loaders.hyper_validation, 0)
@@ -109,6 +111,7 @@ def pass_states(tree: dict[str, Any], steps: int) -> dict[str, torch.Tensor]:
         ({"hyper__solver": "fisher", "learn__color": True}, (3,)),
         ({"hyper__way": "shared", "learn__normalize_weights": True}, (2, 4)),
         ({"hyper__way": "shared", "hyper__solver": "fisher", "learn__augment": "shared"}, (3,)),
+        ({"hyper__way": "shared", "learn__clean_folds": 3, "train__logit_adjustment": 1.0}, (3,)),
     ],
     ids=str,
 )

@@ -100,6 +100,7 @@ SHARED_ROW = {"learn__augment": "shared", "checkpoint__every_steps": 1}
         (1, SHARED_ROW | {"hyper__way": "separate"}),
         (1, {"compat": "autodo2021", "hyper__start_epoch": 0}),
         (1, {"learn__augment": "none"}),
+        (2, {"learn__clean_folds": 3}),
     ],
     ids=str,
 )

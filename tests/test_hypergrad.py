@@ -118,6 +118,7 @@ def reference(
     normalise: bool = False,
     bias: bool = True,
     smoothing: float = 0.0,
+    adjustment: torch.Tensor | None = None,
 ) -> tuple[Rows, torch.Tensor]:
     """By double backward: L(θ, λ) as a graph, V by a dense solve, then the gradient of ⟨∂L/∂θ, V⟩ for each row.
 
@@ -134,6 +135,7 @@ def reference(
         """w_i l_i."""
         theta = theta.view(CLASSES, -1)
         logits = F.linear(features, theta[:, :FEATURES], theta[:, -1] if bias else setting.head.bias.detach())
+        logits = logits if adjustment is None else logits + adjustment
         value = F.cross_entropy(logits, setting.labels, reduction="none", label_smoothing=smoothing)
         if "soft_logit" in leaves and loss != "cross_entropy":
             log_p, log_q = F.log_softmax(logits, 1), F.log_softmax(leaves["soft_logit"], 1)
@@ -242,6 +244,19 @@ def test_label_smoothing_against_double_backward(solver: Solver) -> None:
     grads, found = setting.found("cross_entropy", SOLVES[solver], smoothing=0.2)
     compare(grads, reference(setting, "cross_entropy", SOLVES[solver], found.eigenvalue, smoothing=0.2)[0])
     plain = setting.found("cross_entropy", SOLVES[solver])[0]
+    assert plain.weight_logit is not None
+    assert grads.weight_logit is not None
+    assert (plain.weight_logit - grads.weight_logit).norm() > 0.01 * plain.weight_logit.norm()
+
+
+@EACH_SOLVER
+@EACH
+def test_logit_adjustment_against_double_backward(loss: Loss, solver: Solver) -> None:
+    """Of the logits that are trained on; those of validation have none."""
+    setting, adjustment = Setting("per_sample", True, True), torch.tensor([0.1, 0.6, 0.05, 0.25]).double().log()
+    grads, found = setting.found(loss, SOLVES[solver], adjustment_C=adjustment)
+    compare(grads, reference(setting, loss, SOLVES[solver], found.eigenvalue, adjustment=adjustment)[0])
+    plain = setting.found(loss, SOLVES[solver])[0]
     assert plain.weight_logit is not None
     assert grads.weight_logit is not None
     assert (plain.weight_logit - grads.weight_logit).norm() > 0.01 * plain.weight_logit.norm()

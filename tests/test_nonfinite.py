@@ -40,7 +40,7 @@ SOURCE, STEPS = Loader.batches, 6
 
 def last_id(loader: Loader, epoch: int, position: int) -> int:
     """The last id of a global batch: on several ranks it is not rank 0's."""
-    ids = order.shuffled(loader.ids, loader.seed, epoch, "task")
+    ids = order.shuffled(order.present(loader.ids, loader.absent, epoch), loader.seed, epoch, "task")
     return int(ids[(position + 1) * loader.batch_size - 1])
 
 

@@ -88,6 +88,8 @@ def small(digits: Path, folder: Path, **changes: Any) -> dict[str, Any]:
     return learning(digits, folder, **{"data__image_size": 8, "data__crop": "whole"} | changes)
 
 
+FOLDED = {"learn__clean_folds": 3, "train__logit_adjustment": 1.0}
+
 # --- nothing may be left out
 
 
@@ -116,7 +118,9 @@ def unbroken(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str
         train__on_nonfinite="rollback",
         train__average=0.9,
         learn__augment="shared",
+        train__steps_per_pass=6,
         hyper__validation_every=3,
+        **FOLDED,
     )
     run_small(tree | {"compat": "autodo2021"})
     return tree | {"compat": "autodo2021"}
@@ -208,6 +212,8 @@ def test_a_resume_from_any_step_is_bit_exact(digits: Path, tmp_path: Path, way: 
         hyper__validation_every=2,
         train__log_every=3,
         train__on_nonfinite="rollback",
+        train__steps_per_pass=6,
+        **FOLDED if way == "shared" else {},
     )
     expected = outcome(run_small(tree))
     last = 6 + 6 * passes

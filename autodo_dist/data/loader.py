@@ -17,7 +17,7 @@ import copy
 import functools
 import threading
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import TypeVar
@@ -113,7 +113,8 @@ class Loader:
     A picture that does not decode is dropped from its batch, on whichever rank and in whichever pass it comes up; the
     batch is then smaller by one, and all others stay as they are. `pixels` is made for the most pictures of a part. A
     `policy` draws from a picture's stream after its window and `draws`, so that without it these are the same.
-    `most_steps` cuts every pass off after so many global batches.
+    `most_steps` cuts every pass off after so many global batches. Epoch e is without the ids `absent[e mod F]` where F
+    such parts are given; every epoch has the steps of the shortest.
     """
 
     def __init__(
@@ -134,28 +135,38 @@ class Loader:
         draws: int = 0,
         policy: Policy | None = None,
         most_steps: int | None = None,
+        absent: Sequence[Ids] = (),
     ) -> None:
         self.shards, self.dropped, self.ids, self.pass_, self.seed, self.crop = shards, dropped, ids, pass_, seed, crop
         self.batch_size, self.rank, self.ranks, self.device, self.draws = batch_size, rank, ranks, device, draws
-        self.policy = policy
+        self.policy, self.absent = policy, absent
         self.shuffled, self.random_crop = pass_ != "evaluation", pass_ in ("task", "hyper")
-        steps = order.steps_per_pass(len(ids), batch_size, drop_last=self.shuffled)
-        self.steps = steps if most_steps is None else min(steps, most_steps)
         self._most_steps = most_steps
+        self.steps = self._steps()
         self._label_N = torch.from_numpy(label_N.astype(np.int64))
         self._pixels = pixels(-(-batch_size // ranks))
 
     def over(self, ids: Ids, label_N: npt.NDArray[np.int32]) -> Loader:
         """The same stream of other samples, with these labels by id. It shares its pixels: one of both at a time."""
         other = copy.copy(self)
-        steps = order.steps_per_pass(len(ids), self.batch_size, drop_last=self.shuffled)
-        other.ids, other.steps = ids, steps if self._most_steps is None else min(steps, self._most_steps)
+        other.ids, other.absent = ids, ()
+        other.steps = other._steps()
         other._label_N = torch.from_numpy(label_N.astype(np.int64))
         return other
 
+    def labels(self, ids: Ids) -> torch.Tensor:
+        """The labels with which these samples come."""
+        return self._label_N[torch.from_numpy(ids)]
+
+    def _steps(self) -> int:
+        pictures = order.fewest(self.ids, self.absent)
+        steps = order.steps_per_pass(pictures, self.batch_size, drop_last=self.shuffled)
+        return steps if self._most_steps is None else min(steps, self._most_steps)
+
     def batches(self, epoch: int, start: int = 0) -> Generator[Batch, None, None]:
         """This rank's batches of one epoch from step `start` on."""
-        ids = order.shuffled(self.ids, self.seed, epoch, self.pass_) if self.shuffled else self.ids
+        ids = order.present(self.ids, self.absent, epoch)
+        ids = order.shuffled(ids, self.seed, epoch, self.pass_) if self.shuffled else ids
         part = functools.partial(order.local_ids, ids, self.batch_size, rank=self.rank, ranks=self.ranks)
         reads = ahead(
             functools.partial(self._read, epoch=epoch), map(part, range(start, self.steps)), READERS, READ_AHEAD

@@ -8,6 +8,7 @@ before.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -52,6 +53,16 @@ def stream(seed: int, epoch: int, pass_: Pass, counter: int) -> np.random.Genera
 def shuffled(ids: Ids, seed: int, epoch: int, pass_: Pass) -> Ids:
     """The ids in the order of this pass: a uniform permutation."""
     return stream(seed, epoch, pass_, _ORDER).permutation(ids)
+
+
+def present(ids: Ids, absent: Sequence[Ids], epoch: int) -> Ids:
+    """The ids of an epoch, sorted: without those of `absent` whose turn it is, one after another."""
+    return np.setdiff1d(ids, absent[epoch % len(absent)], assume_unique=True) if absent else ids
+
+
+def fewest(ids: Ids, absent: Sequence[Ids]) -> int:
+    """How many ids every epoch has at least."""
+    return len(ids) - max((len(some) for some in absent), default=0)
 
 
 def steps_per_pass(samples: int, batch_size: int, *, drop_last: bool) -> int:

@@ -97,6 +97,15 @@ def split_off(
     return np.setdiff1d(ids, split, assume_unique=True), split
 
 
+def folds(ids: Ids, label_N: Labels, classes: int, count: int, seed: int) -> tuple[Ids, ...]:
+    """The ids dealt into `count` folds, each sorted: the members of each class in random order, one fold after another,
+    so that sizes differ by at most one, in all and in each class.
+    """
+    generator = np.random.Generator(np.random.Philox(seed))
+    dealt = np.concatenate([generator.permutation(members) for members in by_class(ids, label_N, classes)])
+    return tuple(np.sort(dealt[fold::count]) for fold in range(count))
+
+
 def thin_out(
     ids: Ids, label_N: Labels, classes: int, imbalance: Imbalance, ratio: float, generator: np.random.Generator
 ) -> Ids:

@@ -80,7 +80,8 @@ class Objective:
     """The train loss (1/B) Σ w_i l_i over the B = `batch_size` samples of all ranks.
 
     normalise: w_i are divided by their mean over those samples. bias: whether θ has the bias (the original's had not).
-    smoothing: α of the labels that cross entropy reads.
+    smoothing: α of the labels that cross entropy reads. adjustment_C: what is added to the logits that the train loss
+    sees, None for nothing; renewed in place (class_prior.py).
     """
 
     loss: Loss
@@ -88,6 +89,11 @@ class Objective:
     normalise: bool = False
     bias: bool = True
     smoothing: float = 0.0
+    adjustment_C: torch.Tensor | None = None
+
+    def adjusted(self, logits_BC: torch.Tensor) -> torch.Tensor:
+        """The logits that the train loss sees."""
+        return logits_BC if self.adjustment_C is None else logits_BC + self.adjustment_C
 
 
 @dataclass(frozen=True)
@@ -176,7 +182,7 @@ def hypergradient(
     group: Group,
 ) -> Hypergradient:
     """dL_v/dλ of this rank's samples, as far as the last layer gives it. Every rank must call this."""
-    logits_BC = head(features_BD)
+    logits_BC = objective.adjusted(head(features_BD))
     weight_B = sample_weights(rows, logits_BC[:, 0], objective, group)
     h_BD = extended(features_BD, objective.bias)
     batch = HeadBatch(objective.loss, h_BD, logits_BC, weight_B, labels_B, rows.soft_logit, objective.smoothing)
