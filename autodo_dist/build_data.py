@@ -8,7 +8,7 @@ import math
 import os
 import re
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -19,7 +19,7 @@ import torch
 from autodo_dist import run_folder
 from autodo_dist.config import Config
 from autodo_dist.data import order
-from autodo_dist.data.loader import Dropped, Loader
+from autodo_dist.data.loader import Batch, Dropped, Loader, endless
 from autodo_dist.data.manifest import Manifest, cache_folder, read_manifest
 from autodo_dist.data.order import Crop, Ids
 from autodo_dist.data.pixels import Finish, Pixels
@@ -50,6 +50,11 @@ class Loaders:
     validation: Loader
     test: Loader
     dropped: Dropped
+
+    def validations(self, epoch: int, done: int = 0) -> Iterator[Batch]:
+        """The validation batches of an epoch's hyper steps, those after the first `done`."""
+        first = epoch * self.validation_passes * self.hyper_validation.steps
+        return endless(self.hyper_validation, first + done)
 
 
 def read_data(config: Config, elsewhere: Path | str | None = None) -> Manifest:

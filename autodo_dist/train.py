@@ -17,7 +17,7 @@ from autodo_dist import class_prior, curves, engine_settings, heartbeat, ledger,
 from autodo_dist.build import Parts, build, check_device, choose_device
 from autodo_dist.build_data import read_data
 from autodo_dist.config import Config
-from autodo_dist.data.loader import Batch, Loader, endless
+from autodo_dist.data.loader import Batch, Loader
 from autodo_dist.data.manifest import Manifest
 from autodo_dist.errors import AutodoError
 from autodo_dist.ledger import START
@@ -285,11 +285,10 @@ def with_validation(run: Run, loader: Loader) -> Iterator[tuple[Batch | None, Ba
 
     That is at the pass's first step, as the model has changed since, and every `validation_every` steps from there on.
     """
-    progress, hyper, loaders = run.progress, run.parts.hyper, run.parts.loaders
+    progress, hyper = run.progress, run.parts.hyper
     assert hyper is not None
     every, start = hyper.validation_every, progress.position
-    first = progress.epoch * loaders.validation_passes * loaders.hyper_validation.steps
-    validations = endless(loaders.hyper_validation, first + -(-start // every))
+    validations = run.parts.loaders.validations(progress.epoch, done=-(-start // every))
     for position, batch in enumerate(batches(run, loader), start=start):
         yield batch, next(validations) if position % every == 0 else None
 

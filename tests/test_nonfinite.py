@@ -24,7 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from autodo_dist import steps
 from autodo_dist.build import build
 from autodo_dist.data import order
-from autodo_dist.data.loader import Batch, Loader, endless
+from autodo_dist.data.loader import Batch, Loader
 from autodo_dist.data.manifest import read_manifest
 from autodo_dist.errors import AutodoError
 from autodo_dist.load_config import check_config
@@ -91,8 +91,8 @@ def never_had(tree: dict[str, Any], bad: Bad, folder: Path) -> None:
         parts.model.train()
         task, hyper, hyper_steps = parts.loaders.task, parts.hyper, 0
         assert task.steps == STEPS
-        validations = endless(parts.loaders.hyper_validation, 0)
         for epoch in range(config.train.epochs):
+            validations = parts.loaders.validations(epoch)
             for position, batch in enumerate(task.batches(epoch)):
                 batch, done = replace(batch, next_ids_B=None), epoch * STEPS + position
                 shared = hyper is not None and epoch >= hyper.start_epoch
