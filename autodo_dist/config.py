@@ -24,6 +24,7 @@ from autodo_dist.urls import is_remote
 # (Its numbers may still differ in the last bits: a GPU decodes a JPEG a little differently, and BatchNorm sees a rank's
 # part of a batch.)
 FREE_AT_RESUME = (
+    "recipe",  # what it set is compared
     "run.root",
     "run.name",
     "data.root",  # what it holds may not change, nor data.split's: their checksums are compared (run_folder.py)
@@ -51,7 +52,7 @@ FREE_AT_RESUME = (
 )
 
 # A fork may differ from the run that it starts from in these as well.
-FREE_AT_FORK = (*FREE_AT_RESUME, "run.fork", "learn", "hyper", "train.evaluate_every")
+FREE_AT_FORK = (*FREE_AT_RESUME, "run.fork", "learn", "hyper", "train.evaluate_every", "train.logit_adjustment")
 
 Share = Annotated[float, Field(gt=0, le=1)]
 Decay = Annotated[float, Field(ge=0, lt=1)]
@@ -509,6 +510,19 @@ class Launch(Section):
     )
 
 
+# What a `recipe` sets; a setting in the file comes before, and so does what `compat` sets.
+RECIPES: dict[str, dict[str, dict[str, Any]]] = {
+    "autodo": {
+        "train": {"logit_adjustment": 1.0},
+        "learn": {"weight": True, "soft_label": True, "clean_folds": 5},
+        "hyper": {"lr": 0.02, "solver": "cg"},
+    },
+    "paper": {
+        "learn": {"augment": "per_sample", "weight": True, "soft_label": True},
+        "hyper": {"way": "separate"},
+    },
+}
+
 # What `compat` changes beside the warp, θ without bias and the Neumann sum without its factor; a setting in the file
 # comes before.
 COMPAT: dict[str, dict[str, dict[str, Any]]] = {
@@ -526,6 +540,11 @@ COMPAT: dict[str, dict[str, dict[str, Any]]] = {
 
 
 class Config(Section):
+    recipe: Literal["autodo", "paper"] | None = Field(
+        None,
+        description="autodo: weights and soft labels, the clean part trained on in folds, adjusted logits (docs/"
+        "method.md); paper: all three groups, the clean part for validation alone, hyper passes of their own",
+    )
     compat: Literal["autodo2021"] | None = Field(
         None,
         description="autodo2021: what changes numbers in the original code, to tell a reproduction (docs/method.md)",
@@ -544,11 +563,13 @@ class Config(Section):
 
     @model_validator(mode="before")
     @classmethod
-    def _compat(cls, tree: Any) -> Any:
-        """Lay the settings of `compat` under those that are given."""
-        presets = COMPAT.get(str(tree.get("compat")), {}) if isinstance(tree, dict) else {}
-        laid = {name: {**preset, **tree.get(name, {})} for name, preset in presets.items() if _mapping(tree, name)}
-        return {**tree, **laid} if laid else tree
+    def _presets(cls, tree: Any) -> Any:
+        """Lay the settings of `compat`, and below them those of `recipe`, under those that are given."""
+        if isinstance(tree, dict):
+            for presets in (COMPAT.get(str(tree.get("compat")), {}), RECIPES.get(str(tree.get("recipe")), {})):
+                sections = {name: preset for name, preset in presets.items() if _mapping(tree, name)}
+                tree = tree | {name: preset | tree.get(name, {}) for name, preset in sections.items()}
+        return tree
 
     @property
     def solver(self) -> Literal["identity", "neumann", "cg", "fisher"]:

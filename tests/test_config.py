@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import yaml
 
 from autodo_dist.config import Config, differences, settings
 from autodo_dist.errors import AutodoError
@@ -82,3 +83,21 @@ def test_differences_leave_out_what_changes_no_number() -> None:
         "new",
     )
     assert differences(old, new) == ["optim.lr: 0.1 -> 0.2"]
+
+
+def test_a_recipe_lies_under_what_is_given() -> None:
+    """Above it what compat sets, above that the file; what it set is written out, and a resume compares that."""
+    data = {"root": "data"}
+    ours = check_config({"recipe": "autodo", "data": data, "hyper": {"lr": 0.5}}, "test")
+    assert ours.learn.weight
+    assert ours.learn.soft_label
+    assert (ours.learn.clean_folds, ours.train.logit_adjustment) == (5, 1.0)
+    assert (ours.hyper.lr, ours.hyper.solver) == (0.5, "cg")
+    paper = check_config({"recipe": "paper", "compat": "autodo2021", "data": data}, "test")
+    assert (paper.learn.augment, paper.learn.smoothing, paper.learn.clean_folds) == ("per_sample", 0.05, 0)
+    assert paper.hyper.way == "separate"
+    assert check_config(yaml.safe_load(ours.to_yaml()), "test") == ours
+    spelt_out = yaml.safe_load(ours.to_yaml()) | {"recipe": None}
+    assert differences(check_config(spelt_out, "test"), ours) == []
+    with pytest.raises(AutodoError, match="recipe = 'ours'"):
+        check_config({"recipe": "ours", "data": data}, "test")
