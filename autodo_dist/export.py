@@ -3,8 +3,8 @@
     OUT.safetensors   names and shapes of torchvision's own state_dict, so load_state_dict takes it as it is. The model
                       was trained with CELU in the place of every nn.ReLU: that must be swapped there, too.
     OUT.parquet       id, key, given_label; as far as they are learnt per sample weight, gate.<operation> (probability),
-                      magnitude.<operation> (share of the range), soft_logit (all classes), suggested_label,
-                      suggested_probability; last_hyper_step. Its metadata `autodo` says the rest, as JSON.
+                      magnitude.<operation> (share of the range), soft_logit (all classes), learnt_label,
+                      learnt_probability; last_hyper_step. Its metadata `autodo` says the rest, as JSON.
 
 Rows are read, changed and written block by block, so the table may be larger than the memory.
 """
@@ -91,7 +91,7 @@ def export_rows(run: Path, config: Config, reader: RowReader, out: Path, data: s
             if writer is None:
                 about = {"autodo": json.dumps(facts(source))}
                 schema = block.schema.with_metadata(about)
-                writer = pa.parquet.ParquetWriter(partial, schema, use_dictionary=["given_label", "suggested_label"])
+                writer = pa.parquet.ParquetWriter(partial, schema, use_dictionary=["given_label", "learnt_label"])
             writer.write_table(block)
         assert writer is not None  # a run without train samples does not start
         writer.close()
@@ -139,8 +139,8 @@ def learnt(groups: dict[str, torch.Tensor], layout: Layout, manifest: Manifest) 
         share, label = torch.softmax(logits_nC.double(), 1).max(1)
         flat = pa.array(np.ascontiguousarray(logits_nC.numpy()).reshape(-1))
         columns["soft_logit"] = pa.FixedSizeListArray.from_arrays(flat, layout.classes)
-        columns["suggested_label"] = pa.array(manifest.classes, pa.string()).take(pa.array(label.numpy()))
-        columns["suggested_probability"] = share.numpy()
+        columns["learnt_label"] = pa.array(manifest.classes, pa.string()).take(pa.array(label.numpy()))
+        columns["learnt_probability"] = share.numpy()
     return columns
 
 

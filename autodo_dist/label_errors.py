@@ -31,17 +31,17 @@ def scores(columns: Columns) -> Numbers:
 
 
 def suggestions(columns: Columns) -> tuple[Labels, Numbers] | None:
-    """The label to suggest for each sample and its probability: the model's likeliest where it was asked, else the
-    soft label's; None where neither is known.
+    """The label to suggest for each sample and its probability: by the model's prediction and the given label where
+    the model was asked (predictions.suggest), else the learnt label; None where neither is known.
     """
-    label_N, share_N = columns.suggested_N, columns.suggested_probability_N
-    predicted_N, likeliest_N = columns.predicted_N, columns.predicted_probability_N
-    if predicted_N is None or likeliest_N is None:
+    label_N, share_N = columns.learnt_N, columns.learnt_probability_N
+    suggested_N, probability_N = columns.suggested_N, columns.suggested_probability_N
+    if suggested_N is None or probability_N is None:
         return None if label_N is None or share_N is None else (label_N, share_N)
     if label_N is None or share_N is None:
-        label_N, share_N = columns.given_N, np.ones_like(likeliest_N)
-    asked_N = predicted_N >= 0  # pictures that were dropped are not
-    return np.where(asked_N, predicted_N, label_N), np.where(asked_N, likeliest_N, share_N)
+        label_N, share_N = columns.given_N, np.ones_like(probability_N)
+    asked_N = suggested_N >= 0  # pictures that were dropped are not
+    return np.where(asked_N, suggested_N, label_N), np.where(asked_N, probability_N, share_N)
 
 
 def measures(score_N: npt.NDArray[np.floating], wrong_N: npt.NDArray[np.bool_]) -> dict[str, float]:

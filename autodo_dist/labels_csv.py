@@ -15,16 +15,16 @@ from autodo_dist.learnt import Columns, Numbers
 
 LINES = 1 << 14  # that are written together
 HEADER = (
-    *("id", "key", "given_label", "weight", "suggested_label", "suggested_probability"),
-    *("predicted_label", "predicted_probability", "score"),
+    *("id", "key", "given_label", "weight", "learnt_label", "learnt_probability"),
+    *("suggested_label", "suggested_probability", "score"),
 )
 
 
 def write_labels(path: Path, columns: Columns, score_N: Numbers, manifest: Manifest) -> None:
     """Write labels.csv, a line for each train sample in the order of ids; empty where the run does not know."""
     names = [*manifest.classes, ""]  # the last one is that of -1
-    labels = [columns.given_N, columns.suggested_N, columns.predicted_N]
-    numbers = [columns.weight_N, columns.suggested_probability_N, columns.predicted_probability_N, score_N]
+    labels = [columns.given_N, columns.learnt_N, columns.suggested_N]
+    numbers = [columns.weight_N, columns.learnt_probability_N, columns.suggested_probability_N, score_N]
     with whole(path) as partial, partial.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(HEADER)
@@ -32,10 +32,10 @@ def write_labels(path: Path, columns: Columns, score_N: Numbers, manifest: Manif
             part = slice(start, start + LINES)
             ids = columns.id_N[part]
             keys = manifest.keys.take(ids).to_pylist()
-            given, suggested, predicted = (named(it, part, len(ids), names) for it in labels)
-            weight, share, likeliest, score = (figures(it, part, len(ids)) for it in numbers)
+            given, learnt, suggested = (named(it, part, len(ids), names) for it in labels)
+            weight, share, probability, score = (figures(it, part, len(ids)) for it in numbers)
             writer.writerows(
-                zip(ids.tolist(), keys, given, weight, suggested, share, predicted, likeliest, score, strict=True)
+                zip(ids.tolist(), keys, given, weight, learnt, share, suggested, probability, score, strict=True)
             )
 
 

@@ -91,7 +91,7 @@ class Source:
 class Columns:
     """A few numbers for each of the N train samples, in the order of ids; None where the run does not learn them.
 
-    weight: κ·softplus(λ^W), 1 at the start. Of the soft label q = softmax(λ^S): `suggested`, the likeliest class, its
+    weight: κ·softplus(λ^W), 1 at the start. Of the soft label q = softmax(λ^S): `learnt`, the likeliest class, its
     probability, and that of the given label. Of the model's prediction, where the run or `autodo labels` has made a
     pass over the train pictures with this checkpoint: the given label's probability, the likeliest class and its own;
     NaN and -1 for pictures that it left out. last_update: the hyper step of the last one, 0 for never.
@@ -101,12 +101,12 @@ class Columns:
     id_N: Ids
     given_N: Labels
     weight_N: Numbers | None = None
-    suggested_N: Labels | None = None
-    suggested_probability_N: Numbers | None = None
+    learnt_N: Labels | None = None
+    learnt_probability_N: Numbers | None = None
     given_probability_N: Numbers | None = None
     given_prediction_N: Numbers | None = None
-    predicted_N: Labels | None = None
-    predicted_probability_N: Numbers | None = None
+    suggested_N: Labels | None = None
+    suggested_probability_N: Numbers | None = None
     last_update_N: npt.NDArray[np.int64] | None = None
     gate_CK: Numbers | None = None
     magnitude_CK: Numbers | None = None
@@ -175,7 +175,7 @@ def read_columns(source: Source, predictions: Predictions | None = None) -> Colu
     given_N = source.split.label_N[ids]
     widths, count = layout.widths, len(ids)
     weight_N, share_N, own_N = (np.empty(count, np.float32) for _ in range(3))
-    suggested_N = np.empty(count, np.int32)
+    learnt_N = np.empty(count, np.int32)
     sums_2CK = torch.zeros(2, classes, len(layout.operations), dtype=torch.float64)
     for part, groups in source.blocks():
         given_n = torch.from_numpy(given_N[part]).long()
@@ -184,7 +184,7 @@ def read_columns(source: Source, predictions: Predictions | None = None) -> Colu
         if "soft_logit" in groups:
             soft_nC = torch.softmax(groups["soft_logit"], 1)
             share_n, label_n = soft_nC.max(1)
-            share_N[part], suggested_N[part] = share_n.numpy(), label_n.numpy()
+            share_N[part], learnt_N[part] = share_n.numpy(), label_n.numpy()
             own_N[part] = soft_nC.gather(1, given_n[:, None])[:, 0].numpy()
         if "gate_logit" in groups:
             for sum_CK, name in zip(sums_2CK, ("gate_logit", "magnitude_logit"), strict=True):
@@ -193,15 +193,15 @@ def read_columns(source: Source, predictions: Predictions | None = None) -> Colu
     if widths["weight_logit"]:
         columns["weight_N"] = weight_N
     if widths["soft_logit"]:
-        columns |= {"suggested_N": suggested_N, "suggested_probability_N": share_N, "given_probability_N": own_N}
+        columns |= {"learnt_N": learnt_N, "learnt_probability_N": share_N, "given_probability_N": own_N}
     if widths["gate_logit"]:
         counts_C1 = np.bincount(given_N, minlength=classes)[:, None]
         with np.errstate(invalid="ignore"):
             columns["gate_CK"], columns["magnitude_CK"] = (sums_2CK.numpy() / counts_C1).astype(np.float32)
     predictions = predictions or read_predictions(source.run, source.step, count)
     if predictions is not None:
-        columns |= {"given_prediction_N": predictions.given_N, "predicted_N": predictions.label_N}
-        columns["predicted_probability_N"] = predictions.likeliest_N
+        columns |= {"given_prediction_N": predictions.given_N, "suggested_N": predictions.suggested_N}
+        columns["suggested_probability_N"] = predictions.suggested_share_N
     if layout.width:
         columns["last_update_N"] = source.reader.whole("hyper.rows.touched").numpy()
     return Columns(ids, given_N, **columns)

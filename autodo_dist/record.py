@@ -163,7 +163,9 @@ def write_labels(run: Run, hyper: Hyper) -> None:
     split = build_split(run.config, parts.manifest)
     loader = parts.loaders.validation.over(split.train, split.label_N)
     with run.clock.phase("evaluation"):
-        found = predict(parts.evaluated, loader, parts.dtype, run.ranks, run.before_evaluated)
+        found = predict(
+            parts.evaluated, loader, len(parts.manifest.classes), parts.dtype, run.ranks, run.before_evaluated
+        )
     note_dropped(run)
     heartbeat.rest()  # a large table takes longer to read and write than a batch
     if not run.ranks.main:

@@ -1,6 +1,7 @@
 """How well wrong labels are found: AutoDO's score beside confident learning, on the same pictures and wrong labels.
 
-Ours: one run that learns weights and soft labels from the clean validation part, and `label_errors.scores` of it. The
+Ours: one run of `recipe: autodo`, which learns weights and soft labels from the clean part and trains on it in folds,
+and `label_errors.scores` of it. The
 rival: cleanlab's label quality scores on out-of-sample probabilities, from K runs of the same network with the same
 settings and as many epochs, without AutoDO, each predicting the fold that it did not train on. AutoDO has the clean
 validation part, so the rival trains on it, too, in every fold ("clean"); the same without it ("train alone") is told
@@ -43,7 +44,7 @@ from benchmarks.runs import as_command, run, write_rows
 SMALL = ("data.image_size=16", "data.crop_padding=1", "data.imbalance_ratio=1", "data.label_noise=0")
 ONE = ("data.threads=1", "train.threads=1")
 SHORT = ("train.epochs=12", "train.evaluate_every=12", "optim.warmup_epochs=1", "checkpoint.keep=1")
-OURS = ("learn.augment=none", "hyper.start_epoch=3")
+OURS = ("recipe=autodo", "learn.augment=none", "hyper.start_epoch=3")
 PLAIN = ("learn.augment=none", "learn.weight=false", "learn.soft_label=false")
 SETS = {  # settings of a data set, by its name
     "digits": (),
@@ -179,7 +180,7 @@ def ours(place: Place, cell: Cell, split: Split, manifest: Manifest) -> dict[str
     true_N = manifest.label_N[split.train]
     parts = {"prediction alone": columns.given_prediction_N, "soft label alone": columns.given_probability_N}
     parts |= {"weight alone": columns.weight_N}
-    named = {"given": columns.given_N, "learnt": columns.suggested_N, "predicted": columns.predicted_N}
+    named = {"given": columns.given_N, "learnt": columns.learnt_N, "suggested": columns.suggested_N}
     signs = {"score": scores(columns)} | {name: -it for name, it in parts.items() if it is not None}
     found = {name: measures(score_N, columns.given_N != true_N) for name, score_N in signs.items()}
     return found | {"right": {name: float((it == true_N).mean()) for name, it in named.items() if it is not None}}

@@ -249,7 +249,7 @@ def test_labels_and_hyper_lines(digits: Path, tmp_path: Path) -> None:
     assert {row["given_label"] for row in rows} == set(manifest.classes)
     hyper = [row for row in lines(folder) if row["kind"] == "hyper"][-1]
     small = sum(float(row["weight"]) < 0.5 for row in rows) / 636
-    changed = sum(row["given_label"] != row["suggested_label"] for row in rows) / 636
+    changed = sum(row["given_label"] != row["learnt_label"] for row in rows) / 636
     assert hyper["weights_below_half"] == pytest.approx(small)
     assert hyper["changed_labels"] == pytest.approx(changed)
     assert -1 <= hyper["cosine"] <= 1

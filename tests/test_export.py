@@ -138,10 +138,10 @@ def test_the_rows_are_those_of_the_run(learnt: Path, tmp_path: Path, monkeypatch
         csv_row = expected[row["id"]]
         assert (row["key"], row["given_label"]) == (csv_row["key"], csv_row["given_label"])
         assert row["weight"] == pytest.approx(float(csv_row["weight"]), rel=1e-5)
-        assert row["suggested_label"] == csv_row["suggested_label"]
-        assert row["suggested_probability"] == pytest.approx(float(csv_row["suggested_probability"]), rel=1e-5)
+        assert row["learnt_label"] == csv_row["learnt_label"]
+        assert row["learnt_probability"] == pytest.approx(float(csv_row["learnt_probability"]), rel=1e-5)
         logits = torch.tensor(row["soft_logit"])
-        assert float(torch.softmax(logits, 0).max()) == pytest.approx(row["suggested_probability"], rel=1e-5)
+        assert float(torch.softmax(logits, 0).max()) == pytest.approx(row["learnt_probability"], rel=1e-5)
     about = json.loads(file.schema_arrow.metadata[b"autodo"])
     assert about == {"run": "run", "step": 18, "classes": [str(digit) for digit in range(10)]}
     by_hand = json.loads(run_rows(learnt, [row["id"] for row in rows[:9]]))["rows"]

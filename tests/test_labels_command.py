@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from safetensors.numpy import load_file
 from test_autodo import learning
 from test_train import run_train
 from typer.testing import CliRunner
@@ -91,10 +92,10 @@ def test_a_run_under_way_and_an_earlier_step(copy: Path) -> None:
     call("labels", copy, "--step", 5)
     early, now = lines(copy / "labels-5.csv"), lines(copy / "labels.csv")
     assert {row["weight"] for row in early} == {"1"}
-    assert {row["suggested_probability"] for row in early} == {"0.91"}
-    assert all(row["suggested_label"] == row["given_label"] for row in early)
+    assert {row["learnt_probability"] for row in early} == {"0.91"}
+    assert all(row["learnt_label"] == row["given_label"] for row in early)
     assert [row["id"] for row in early] == [row["id"] for row in now]
-    assert [row["predicted_probability"] for row in early] != [row["predicted_probability"] for row in now]
+    assert [row["suggested_probability"] for row in early] != [row["suggested_probability"] for row in now]
     assert (copy / NAME).read_bytes() == kept
 
 
@@ -104,7 +105,7 @@ def test_tables_alone(copy: Path) -> None:
     (copy / NAME).unlink()
     call("labels", copy, "--no-predict", "--out", copy / "tables.csv")
     rows = lines(copy / "tables.csv")
-    assert {row["predicted_label"] + row["predicted_probability"] for row in rows} == {""}
+    assert {row["suggested_label"] + row["suggested_probability"] for row in rows} == {""}
     source = open_source(copy)
     soft_NC = source.layout.split(source.reader.whole("hyper.rows.value").double())["soft_logit"].softmax(1).numpy()
     given_N = source.split.label_N[source.split.train]
@@ -113,14 +114,19 @@ def test_tables_alone(copy: Path) -> None:
     assert not (copy / NAME).exists()
 
 
+def given_predictions(run: Path) -> list[float]:
+    """p(y) of every train sample, as the run keeps it."""
+    kept: list[float] = load_file(run / NAME)["given_N"].tolist()
+    return kept
+
+
 def test_the_score_is_that_of_the_columns(run: Path) -> None:
-    """Where the prediction is the given label, its probability is in the file, and that of the soft label likewise."""
-    rows = [row for row in lines(run / "labels.csv") if row["given_label"] == row["predicted_label"]]
-    rows = [row for row in rows if row["given_label"] == row["suggested_label"]]
-    assert len(rows) > 50
-    for row in rows:
-        belief = float(row["predicted_probability"]) * float(row["suggested_probability"])
-        assert float(row["score"]) == pytest.approx(1 - belief, abs=2e-6)
+    """Where the learnt label is the given one, its probability is in the file."""
+    rows = zip(lines(run / "labels.csv"), given_predictions(run), strict=True)
+    known = [(row, p) for row, p in rows if row["given_label"] == row["learnt_label"]]
+    assert len(known) > 50
+    for row, p in known:
+        assert float(row["score"]) == pytest.approx(1 - p * float(row["learnt_probability"]), abs=2e-6)
 
 
 def poisoned(manifest: Manifest) -> Manifest:
@@ -156,10 +162,10 @@ def test_what_is_said_of_the_truth(run: Path, copy: Path) -> None:
     assert {name.replace(" ", "_"): float(value) for name, value in found.items()} == pytest.approx(expected, abs=2e-4)
     right = [
         np.mean([row[f"{word}_label"] == name for row, name in zip(rows, true, strict=True)])
-        for word in ("given", "suggested", "predicted")
+        for word in ("given", "learnt", "suggested")
     ]
     shares = ", ".join(
-        f"{word} {share:.2%}" for word, share in zip(("given", "learnt", "predicted"), right, strict=True)
+        f"{word} {share:.2%}" for word, share in zip(("given", "learnt", "suggested"), right, strict=True)
     )
     assert said[-2] == f"the true labels are known: {wrong.sum()} of {len(wrong)} are wrong; right are {shares}"
     order = sorted(rows, key=lambda row: -float(row["score"]))
@@ -173,10 +179,10 @@ def test_without_wrong_labels_nothing_is_said_of_the_truth(digits: Path, tmp_pat
     said = call("labels", folder).splitlines()
     assert len(said) == 11
     rows = lines(folder / "labels.csv")
-    assert {row["weight"] + row["suggested_label"] + row["suggested_probability"] for row in rows} == {""}
-    for row in rows:
-        if row["predicted_label"] == row["given_label"]:
-            assert float(row["score"]) == pytest.approx(1 - float(row["predicted_probability"]), abs=2e-6)
+    assert {row["weight"] + row["learnt_label"] + row["learnt_probability"] for row in rows} == {""}
+    np.testing.assert_allclose(
+        [float(row["score"]) for row in rows], 1 - np.array(given_predictions(folder)), atol=2e-6
+    )
 
 
 # --- corrected splits

@@ -31,19 +31,19 @@ def test_columns_are_those_of_labels_csv_and_of_the_stored_rows(run: Path, monke
         lines = list(csv.DictReader(file))
     assert [int(line["id"]) for line in lines] == found.id_N.tolist()
     classes = source.manifest.classes
-    assert found.suggested_N is not None
+    assert found.learnt_N is not None
     assert [line["given_label"] for line in lines] == [classes[k] for k in found.given_N]
-    assert [line["suggested_label"] for line in lines] == [classes[k] for k in found.suggested_N]
+    assert [line["learnt_label"] for line in lines] == [classes[k] for k in found.learnt_N]
     np.testing.assert_allclose([float(line["weight"]) for line in lines], found.weight_N, rtol=1e-5)
-    shares = [float(line["suggested_probability"]) for line in lines]
-    np.testing.assert_allclose(shares, found.suggested_probability_N, rtol=1e-5)
+    shares = [float(line["learnt_probability"]) for line in lines]
+    np.testing.assert_allclose(shares, found.learnt_probability_N, rtol=1e-5)
     groups = source.layout.split(source.reader.whole("hyper.rows.value").double())
     soft_NC = torch.softmax(groups["soft_logit"], 1).numpy()
     np.testing.assert_allclose(
         found.weight_N, torch.nn.functional.softplus(groups["weight_logit"]) / np.log(2), rtol=1e-5
     )
-    assert np.array_equal(found.suggested_N, soft_NC.argmax(1))
-    np.testing.assert_allclose(found.suggested_probability_N, soft_NC.max(1), rtol=1e-5)
+    assert np.array_equal(found.learnt_N, soft_NC.argmax(1))
+    np.testing.assert_allclose(found.learnt_probability_N, soft_NC.max(1), rtol=1e-5)
     own_N = np.take_along_axis(soft_NC, found.given_N[:, None].astype(np.int64), 1)[:, 0]
     np.testing.assert_allclose(found.given_probability_N, own_N, rtol=1e-5)
     for name, mean_CK in (("gate_logit", found.gate_CK), ("magnitude_logit", found.magnitude_CK)):
@@ -59,7 +59,7 @@ def test_what_is_not_learnt_per_sample_has_no_column(digits: Path, tmp_path: Pat
     source = open_source(run_train(learning(digits, tmp_path, **only)))
 
     found, shared = read_columns(source), source.shared()
-    assert found.weight_N is found.suggested_N is found.gate_CK is found.last_update_N is None
+    assert found.weight_N is found.learnt_N is found.gate_CK is found.last_update_N is None
     assert shared is not None
     assert tuple(shared) == source.layout.operations
     assert [len(groups) for _, groups in source.blocks()] == [0]

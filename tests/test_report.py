@@ -138,7 +138,7 @@ def test_classes_and_pairs_are_those_of_labels_csv(learnt: Learnt, labels: list[
         wrong = [manifest.classes[manifest.label_N[int(line["id"])]] != name for line in mine]
         assert row.samples == len(mine)
         assert row.wrong == pytest.approx(sum(wrong) / len(mine))
-        assert row.changed == pytest.approx(sum(line["predicted_label"] != name for line in mine) / len(mine))
+        assert row.changed == pytest.approx(sum(line["suggested_label"] != name for line in mine) / len(mine))
         for values, kept in ((row.weights, None), (row.clean_weights, False), (row.wrong_weights, True)):
             weights = [
                 float(line["weight"]) for line, is_wrong in zip(mine, wrong, strict=True) if kept in (None, is_wrong)
@@ -146,7 +146,7 @@ def test_classes_and_pairs_are_those_of_labels_csv(learnt: Learnt, labels: list[
             if len(weights) > 1:
                 twentieths = statistics.quantiles(weights, n=20, method="inclusive")
                 assert values == pytest.approx([twentieths[at] for at in (0, 4, 9, 14, 18)], rel=1e-5)
-    pairs = Counter((line["given_label"], line["predicted_label"]) for line in labels)
+    pairs = Counter((line["given_label"], line["suggested_label"]) for line in labels)
     assert {(a, b): count for a, b, count in learnings.changed_pairs(learnt.columns, learnt.classes)} == {
         pair: count for pair, count in pairs.items() if pair[0] != pair[1]
     }
@@ -173,9 +173,9 @@ def test_suspects_are_those_with_the_highest_scores(
     wrong = 0
     for each in found:
         line = by_id[each.id]
-        assert (each.key, each.given, each.suggested) == (line["key"], line["given_label"], line["predicted_label"])
+        assert (each.key, each.given, each.suggested) == (line["key"], line["given_label"], line["suggested_label"])
         assert each.weight == pytest.approx(float(line["weight"]), rel=1e-5)
-        assert each.probability == pytest.approx(float(line["predicted_probability"]), rel=1e-5)
+        assert each.probability == pytest.approx(float(line["suggested_probability"]), rel=1e-5)
         wrong += manifest.classes[manifest.label_N[each.id]] != each.given
     assert share == wrong / 50
     assert len(learnings.suspects(learnt, 10**6)[0]) == len(labels) - 1  # not the one whose score is no number

@@ -29,7 +29,7 @@ def test_a_thousand_classes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert len(gallery["suspects"]) == 40
     assert len({it["picture"] for it in gallery["suspects"]}) == 3  # thumbnails of what is shown alone
     learnt = learnings.read_learnt(run, None, [])
-    changed = learnt.columns.suggested_N != learnt.columns.given_N
+    changed = learnt.columns.learnt_N != learnt.columns.given_N
     assert learnt.wrong_N is not None
     assert learnt.wrong_N.mean() == pytest.approx(0.1, abs=0.02)
     assert 0.03 < np.mean(changed) < 0.07  # half of the wrong ones, as made

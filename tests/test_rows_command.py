@@ -198,7 +198,7 @@ def test_the_command_agrees_with_labels_csv(learnt: Path) -> None:
         likeliest, *others = row["soft_label"].items()
         assert (row["key"], row["given_label"]) == (expected["key"], expected["given_label"])
         assert row["weight"] == pytest.approx(float(expected["weight"]), rel=1e-5)
-        assert likeliest == (expected["suggested_label"], pytest.approx(float(expected["suggested_probability"]), 1e-5))
+        assert likeliest == (expected["learnt_label"], pytest.approx(float(expected["learnt_probability"]), 1e-5))
         assert len(others) == 2
         assert list(row["augment"])[:2] == ["rotate", "translate_x"]
         assert all(0 < it["probability"] < 1 and 0 < it["magnitude"] < 1 for it in row["augment"].values())

@@ -80,7 +80,7 @@ def predictions(source: Source, keep: bool) -> Predictions:
         model = build.restore_classifier(config, source.reader.path, len(manifest.classes), ranks)
         loaders = build_data.build_loaders(config, manifest, split, ranks)
         loader = loaders.validation.over(split.train, split.label_N)
-        found = predict(model, loader, build.DTYPES[config.train.precision], ranks)
+        found = predict(model, loader, len(source.manifest.classes), build.DTYPES[config.train.precision], ranks)
         loaders.dropped.check(len(loaders.dropped.why))
     if keep:  # those of the newest checkpoint, for the next reader
         with contextlib.suppress(OSError):
@@ -96,7 +96,7 @@ def suspects(source: Source, columns: Columns, score_N: Numbers) -> list[str]:
     for at in np.argsort(-score_N, kind="stable")[:SHOWN].tolist():
         id_ = int(columns.id_N[at])
         line = f"  {score_N[at]:.4f}  id {id_}: {manifest.keys[id_]}, given {manifest.classes[columns.given_N[at]]}"
-        for word, label_N in (("learnt", columns.suggested_N), ("predicted", columns.predicted_N)):
+        for word, label_N in (("learnt", columns.learnt_N), ("suggested", columns.suggested_N)):
             if label_N is not None and label_N[at] >= 0:
                 line += f", {word} {manifest.classes[label_N[at]]}"
         lines.append(line)
@@ -113,7 +113,7 @@ def against_truth(source: Source, columns: Columns, score_N: Numbers) -> list[st
     if (wrong_N := source.wrong_N) is None:
         return []
     true_N = source.manifest.label_N[columns.id_N]
-    named = {"given": columns.given_N, "learnt": columns.suggested_N, "predicted": columns.predicted_N}
+    named = {"given": columns.given_N, "learnt": columns.learnt_N, "suggested": columns.suggested_N}
     shares = [f"{word} {(label_N == true_N).mean():.2%}" for word, label_N in named.items() if label_N is not None]
     lines = [f"the true labels are known: {wrong_N.sum()} of {len(wrong_N)} are wrong; right are {', '.join(shares)}"]
     if wrong_N.all():
