@@ -127,11 +127,11 @@ class Looker:
         """How it stands now."""
         now, run = time.time(), self.run
         config, events, saved = read_config(run), read_events(run), read_saved(run)
-        ranks = [it for it in read_ranks(run, now) if ledger.ended(events, it.attempt) is None]  # a word may outlive it
+        ranks = heard_of(run, events, now)
         rows = list(self._lines.look())
         starts = [it for it in events if it["event"] == "start"]
         newest = starts[-1] if starts else {}
-        state, why = self._state(events, ranks, now)
+        state, why = state_of(run, events, ranks, now, self.ask)
         words = [rank.step for rank in ranks if rank.rank == 0]
         step = max([newest.get("step", 0), *words, rows[-1]["step"] if rows else 0])
         total = newest.get("total_steps")
@@ -144,41 +144,56 @@ class Looker:
             useful_share(events, saved, now),
         )  # fmt: skip
 
-    def _state(self, events: Sequence[Row], ranks: Sequence[Rank], now: float) -> tuple[State, str]:
-        """The state and why, by what is surest: the summary, words of ranks, the ledger's end, lock and queue."""
-        if run_folder.finished(self.run):
-            return "finished", ""
-        starts = [it for it in events if it["event"] == "start"]
-        newest = starts[-1] if starts else {"attempt": None, "time": 0.0}
-        if any(not rank.silent for rank in ranks):
-            begun = ranks[0].attempt == newest["attempt"] and any(rank.step >= 0 for rank in ranks)
-            late = [rank for rank in ranks if rank.silent]
-            silent = f"no word of {len(late)} of {ranks[0].ranks} ranks" if late else ""
-            return ("running" if begun else "starting"), silent
-        end = next((it for it in reversed(events) if it["event"] == "end"), None)
-        if end is not None and end["time"] >= newest["time"]:
-            asked = self._queue()
-            if asked.startswith("PENDING"):
-                return "queued", f"{asked}; before: {end['cause']}, {end['why']}"
-            at = f" at {end['at']}" if end.get("at") else ""
-            return ("failed" if end["cause"] == "failed" else "stopped"), f"{end['why']}{at}"
-        locks = [age_of(path, now) for path in self.run.glob("lock.*.json")]
-        if any(age is not None and age < run_lock.SILENCE for age in locks):
-            return ("running" if starts else "starting"), ""
-        asked = self._queue()
-        if asked:
-            return ("queued" if asked.startswith("PENDING") else "starting"), asked
-        if starts:
-            return "silent", "no word of it, and no end: its node or its launcher died, or its files are not seen here"
-        return "not started", "" if self.run.is_dir() else "no such folder yet"
 
-    def _queue(self) -> str:
-        """What the queue says of the run's job, with its number; empty where it has none that waits or runs."""
-        with suppress(OSError, ValueError, KeyError, TypeError):
-            job = str(json.loads((self.run / "slurm.json").read_text())["job"])
-            said = self.ask(job)
-            return f"{said}, job {job}" if said else ""
-        return ""
+def state_now(run: Path, now: float) -> tuple[State, str]:
+    """The state and why, without asking a queue."""
+    events = read_events(run)
+    return state_of(run, events, heard_of(run, events, now), now)
+
+
+def state_of(
+    run: Path, events: Sequence[Row], ranks: Sequence[Rank], now: float, ask: Callable[[str], str] = lambda _: ""
+) -> tuple[State, str]:
+    """The state and why, by what is surest: the summary, words of ranks, the ledger's end, lock and queue."""
+    if run_folder.finished(run):
+        return "finished", ""
+    starts = [it for it in events if it["event"] == "start"]
+    newest = starts[-1] if starts else {"attempt": None, "time": 0.0}
+    if any(not rank.silent for rank in ranks):
+        begun = ranks[0].attempt == newest["attempt"] and any(rank.step >= 0 for rank in ranks)
+        late = [rank for rank in ranks if rank.silent]
+        silent = f"no word of {len(late)} of {ranks[0].ranks} ranks" if late else ""
+        return ("running" if begun else "starting"), silent
+    end = next((it for it in reversed(events) if it["event"] == "end"), None)
+    if end is not None and end["time"] >= newest["time"]:
+        asked = queue_of(run, ask)
+        if asked.startswith("PENDING"):
+            return "queued", f"{asked}; before: {end['cause']}, {end['why']}"
+        at = f" at {end['at']}" if end.get("at") else ""
+        return ("failed" if end["cause"] == "failed" else "stopped"), f"{end['why']}{at}"
+    locks = [age_of(path, now) for path in run.glob("lock.*.json")]
+    if any(age is not None and age < run_lock.SILENCE for age in locks):
+        return ("running" if starts else "starting"), ""
+    asked = queue_of(run, ask)
+    if asked:
+        return ("queued" if asked.startswith("PENDING") else "starting"), asked
+    if starts:
+        return "silent", "no word of it, and no end: its node or its launcher died, or its files are not seen here"
+    return "not started", "" if run.is_dir() else "no such folder yet"
+
+
+def queue_of(run: Path, ask: Callable[[str], str]) -> str:
+    """What the queue says of the run's job, with its number; empty where it has none that waits or runs."""
+    with suppress(OSError, ValueError, KeyError, TypeError):
+        job = str(json.loads((run / "slurm.json").read_text())["job"])
+        said = ask(job)
+        return f"{said}, job {job}" if said else ""
+    return ""
+
+
+def heard_of(run: Path, events: Sequence[Row], now: float) -> list[Rank]:
+    """The ranks whose last words are of a start that has not ended: a word may outlive it."""
+    return [it for it in read_ranks(run, now) if ledger.ended(events, it.attempt) is None]
 
 
 def read_config(run: Path) -> Config | None:

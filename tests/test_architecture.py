@@ -48,8 +48,7 @@ ALLOWED = {
         "autodo_dist.errors",
         "autodo_dist.files",
         "autodo_dist.ledger",
-        "autodo_dist.run_folder",
-        "autodo_dist.run_lock",
+        "autodo_dist.standing",
     ),
     "autodo_dist.report.learnings": (
         "autodo_dist.errors",

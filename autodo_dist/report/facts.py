@@ -15,7 +15,7 @@ from typing import Any
 
 import yaml
 
-from autodo_dist import ledger, run_folder, run_lock
+from autodo_dist import ledger, standing
 from autodo_dist.errors import AutodoError
 from autodo_dist.files import read_json, read_json_lines
 
@@ -103,7 +103,7 @@ def read_run(folder: Path) -> RunFacts:
         missing.append("No epoch has come to its end: metrics.jsonl holds no curves yet.")
     elif not any("test_error" in point for point in points):
         missing.append("The test part was not evaluated: errors are those of the validation part alone.")
-    state, why = state_of(folder, events, time.time())
+    state, why = standing.state_now(folder, time.time())
     environment = known("environment.json")
     if not environment.get("starts"):
         missing.append("environment.json tells of no start: commit and versions are not known.")
@@ -186,19 +186,6 @@ def fork_of(folder: Path, settings: Mapping[str, Any]) -> tuple[Path, int] | Non
     if not run or not step.isdigit():
         return None
     return (Path(run) if Path(run).is_dir() else folder.resolve().parent / Path(run).name), int(step)
-
-
-def state_of(folder: Path, events: Sequence[Mapping[str, Any]], now: float) -> tuple[str, str]:
-    """Whether a run is finished, under way, stopped, failed or lost, and why, as far as it says so."""
-    if run_folder.finished(folder):
-        return "finished", ""
-    locks = [run_lock.file(folder, number) for number in run_lock.numbers(folder)]
-    if any(now - path.stat().st_mtime < run_lock.SILENCE for path in locks if path.is_file()):
-        return "under way", ""
-    newest = events[-1] if events else {}
-    if newest.get("event") == "end":
-        return str(newest.get("cause", "ended")), str(newest.get("why", ""))
-    return "not finished", "it gives no sign of life, and no word of its end"
 
 
 def differing(runs: Sequence[RunFacts]) -> list[tuple[str, list[Any]]]:

@@ -131,6 +131,22 @@ def completed(cluster: Cluster, job: str, logs: Sequence[Path]) -> dict[str, str
     return found
 
 
+def watched(cluster: Cluster, run: Path) -> str:
+    """What `autodo watch` shows of a run from where its commands are submitted."""
+    command = [sys.executable, "-c", "from autodo_dist.cli import main; main()", "watch", str(run), "--once"]
+    done = subprocess.run(
+        command,
+        cwd=ROOT,
+        env=cluster.environment | {"COLUMNS": "200"},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    return done.stdout
+
+
 def causes(run: Path) -> list[str]:
     """How each attempt of a run ended."""
     return [event["cause"] for event in ledger.read(run) if event["event"] == "end"]
@@ -157,10 +173,14 @@ def test_the_users_own_commands_are_preempted_and_end_complete(
     with following(cluster, r18, followed) as process:
         cluster.await_(lambda: "cancel" in followed.read_text(), 60, "submission")
         first = number(followed.read_text())
+        cluster.await_(lambda: step(cluster, first) >= 1, START_S, "first step")
+        live = watched(cluster, tmp_path / "imagenet_r18")
         preempt(cluster, first, after=12)
         second = submitted(cluster, *r50)
         preempt(cluster, second, after=1)
         cluster.await_(lambda: process.poll() is not None, START_S, "end of what is followed")
+    assert "imagenet_r18  running, hyper pass" in live
+    assert all(f"node{number}" in live for number in range(4))
     said = followed.read_text()
     assert process.returncode == 0, said
     for what in ("requeues: 1", "evaluation, epoch 1, step 40: validation_accuracy", "COMPLETED on node[0-3]"):
@@ -311,6 +331,7 @@ def test_an_active_run_is_not_submitted_again(cluster: Cluster, digits: Path, tm
     """Also while its job only waits, and by the local executor."""
     words = digits_words(digits, tmp_path)
     job = submitted(cluster, *words, "--slurm", "hold")
+    assert f"queued  PENDING JobHeldUser, job {job}" in watched(cluster, tmp_path / "digits")
     refused(submit(cluster, *words), f"its Slurm job {job} is PENDING", f"scancel {job}")
     refused(submit(cluster, *words, "--executor", "local"), f"its Slurm job {job} is PENDING")
     cluster.run("scancel", job)
