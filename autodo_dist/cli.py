@@ -12,6 +12,7 @@ from pydantic_core import PydanticUndefined
 from autodo_dist.commands import checkpoint, pack
 from autodo_dist.commands.doctor import doctor
 from autodo_dist.commands.evaluate import evaluate
+from autodo_dist.commands.experiment import experiment
 from autodo_dist.commands.explain import explain
 from autodo_dist.commands.goodput import goodput
 from autodo_dist.commands.labels import labels
@@ -42,6 +43,7 @@ app.command()(rows)
 app.command()(report)
 app.command()(labels)
 app.command()(explain)
+app.command()(experiment)
 app.command()(split)
 app.command()(goodput)
 app.command()(watch)

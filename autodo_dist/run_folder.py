@@ -152,12 +152,19 @@ def read_config(folder: Path) -> Config:
         raise AutodoError(f"run {path}: broken yaml; delete the run folder") from error
 
 
-def git_commit() -> str | None:
-    """Commit of the code that runs, with `+changes` where the working tree differs; None outside a checkout."""
-    root = Path(__file__).parent.parent
+def git_commit(besides: Path | None = None) -> str | None:
+    """Commit of the code that runs, with `+changes` where the working tree differs; None outside a checkout.
+
+    Changes in the folder `besides` do not count.
+    """
+    root = Path(__file__).resolve().parent.parent
+    what = [":/"]
+    if besides is not None and root in besides.resolve().parents:
+        what.append(f":(exclude,top){besides.resolve().relative_to(root)}")
     try:
         commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=root, capture_output=True, text=True, check=True)
-        status = subprocess.run(["git", "status", "--porcelain"], cwd=root, capture_output=True, text=True, check=True)
+        command = ["git", "status", "--porcelain", "--", *what]
+        status = subprocess.run(command, cwd=root, capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError):
         return None
     return commit.stdout.strip() + ("+changes" if status.stdout.strip() else "")

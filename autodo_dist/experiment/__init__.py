@@ -1,1 +1,1 @@
-"""Comparisons of AutoDO with what else a practitioner would do with the same data."""
+"""Methods x data settings x seeds, each trained once, and one table of paired differences (docs/experiments.md)."""
