@@ -218,7 +218,7 @@ def build_hyper(
         parameters=Hyperparameters(
             layout,
             split.train,
-            trained_on(split, manifest, "all").label_N,
+            (trained_on(split, manifest, "all") if config.learn.clean_folds else split).label_N,
             ranks,
             Rmsprop(hyper.decay, hyper.eps),
             dtype,

@@ -213,12 +213,13 @@ def test_joined_batches_are_the_whole(loss: Loss) -> None:
 def hidden() -> tuple[Problem, torch.Tensor]:
     """A g_v nearly orthogonal to the eigenvector of the largest eigenvalue, so that one power iteration misses it.
 
-    Nearly all of it has a fiftieth of that eigenvalue. Also the dense Hessian.
+    Nearly all of it has a fiftieth of that eigenvalue. The share of the largest is far above rounding, which the
+    series magnifies as much. Also the dense Hessian.
     """
     problem = Problem("cross_entropy")
     dense = problem.dense()
     values, vectors = torch.linalg.eigh(dense)
-    start = vectors[:, int((values - values[-1] / 50).abs().argmin())] + 1e-7 * vectors[:, -1]
+    start = vectors[:, int((values - values[-1] / 50).abs().argmin())] + 1e-4 * vectors[:, -1]
     problem.valid_grad = start.view_as(problem.theta)
     return problem, dense
 
@@ -236,7 +237,7 @@ def test_a_diverging_series_is_made_again(space: str, terms: int, caplog: pytest
     with caplog.at_level(logging.WARNING):
         for _ in range(3):
             found = problem.found(Solve("neumann", terms=terms, power_iterations=1, space=space))
-            near(found.value_CD.flatten(), sum(series(dense, start, 1 / met, terms)) / met, 1e-11)
+            near(found.value_CD.flatten(), sum(series(dense, start, 1 / met, terms)) / met, 1e-9)
     assert [record.name for record in caplog.records] == ["autodo_dist.method.direction"]
     assert "hyper.power_iterations" in caplog.text
 
