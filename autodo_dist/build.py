@@ -225,6 +225,7 @@ def build_hyper(
             hyper.most_bad_rows,
             table_dtype(config),
             table_device,
+            guests=bool(config.learn.clean_folds),
         ),
         solve=build_solve(config, head, ranks.ranks),
         way=hyper.way,

@@ -100,7 +100,8 @@ class Hyperparameters:
     next batch shares no id with this one; so `fetch` may be told of the next batch of the same pass, in which no id
     comes twice, and the first batch of a pass is fetched after the last gradients of the pass before.
 
-    A sample of another part has no row: it is fetched as one would start, with the label of label_N, and stays so.
+    With `guests` a sample of another part may come, too: it has no row, is fetched as one would start, with the label
+    of label_N, and stays so.
     """
 
     def __init__(
@@ -114,12 +115,13 @@ class Hyperparameters:
         most_bad_rows: int,
         table_dtype: torch.dtype | None = None,
         table_device: torch.device | None = None,
+        guests: bool = False,
     ) -> None:
         """Start values for the sorted train `ids`; label_N are the given labels by id. The table's type and place are
         by default `dtype`, in which steps compute, and the ranks' device.
         """
         table_dtype = dtype if table_dtype is None else table_dtype
-        self.layout, self.label_N, self.most_bad_rows = layout, label_N, most_bad_rows
+        self.layout, self.label_N, self.most_bad_rows, self.guests = layout, label_N, most_bad_rows, guests
         self.ranks = ranks.twin()  # for the thread; others use them only while it rests
         self.queue = RowQueue(ranks.device)
         self._coming: tuple[torch.Tensor, Future[torch.Tensor]] | None = None  # the next batch's ids and values
@@ -168,6 +170,8 @@ class Hyperparameters:
     def _fetch(self, ids_B: torch.Tensor) -> torch.Tensor:
         if not self.layout.width:
             return torch.empty(len(ids_B), 0, device=self.ranks.device)
+        if not self.guests:
+            return self.table.fetch(ids_B)
         mine_B = self._have_rows(ids_B)
         values_BP = self.table.fetch(ids_B[mine_B])
         if len(values_BP) == len(ids_B):
@@ -196,7 +200,7 @@ class Hyperparameters:
             finite_B &= part.isfinite().all(1)
         self._count_bad(ids_B[~finite_B], step)
         if self.layout.width:
-            stepped_B = finite_B & self._have_rows(ids_B)
+            stepped_B = finite_B & self._have_rows(ids_B) if self.guests else finite_B
             self.table.apply_grads(ids_B[stepped_B], rows_BP[stepped_B], lr=lr, step=step)
         if self.layout.augment == "shared" and gates:
             self.shared.apply_grad(torch.cat(gates, 1)[finite_B].sum(0), lr=lr, step=step)

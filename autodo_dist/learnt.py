@@ -93,8 +93,9 @@ class Columns:
 
     weight: κ·softplus(λ^W), 1 at the start. Of the soft label q = softmax(λ^S): `learnt`, the likeliest class, its
     probability, and that of the given label. Of the model's prediction, where the run or `autodo labels` has made a
-    pass over the train pictures with this checkpoint: the given label's probability, the likeliest class and its own;
-    NaN and -1 for pictures that it left out. last_update: the hyper step of the last one, 0 for never.
+    pass over the train pictures with this checkpoint: the given label's probability, and the label that both together
+    suggest (predictions.suggest), with its own; NaN and -1 for pictures that it left out. last_update: the hyper step
+    of the last one, 0 for never.
     gate_CK, magnitude_CK: means over each given class's samples, NaN for a class without any.
     """
 

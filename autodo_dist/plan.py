@@ -61,8 +61,9 @@ class Footprint:
 class Workload:
     """What is to be done, whatever the machine. The fields named as settings of `config.py` are those.
 
-    accumulate: pieces of a rank's part of a batch. picture_bytes: one picture as the model takes it. bytes_per_number:
-    of weights, 4 or 8. averages: whether a moving average of them is kept. optimizer_numbers: kept for each of them.
+    clean_samples: pictures of the clean part that every epoch trains on, too (learn.clean_folds). accumulate: pieces
+    of a rank's part of a batch. picture_bytes: one picture as the model takes it. bytes_per_number: of weights, 4 or 8.
+    averages: whether a moving average of them is kept. optimizer_numbers: kept for each of them.
     stage: of ZeRO, None with DDP; reduce_bucket, most_live: DeepSpeed's elements of a bucket of gradients, and of
     parameters that stage 3 keeps gathered. row_width: P, 0 where no sample has a row. shared_width: values of the row
     that all samples share. bytes_per_value: of the table, 2, 4 or 8. space, products: see solvers.Space; products with
@@ -76,6 +77,7 @@ class Workload:
     footprint: Footprint
     batch_size: int
     epochs: int
+    clean_samples: int = 0
     accumulate: int = 1
     steps_per_pass: int | None = None
     bytes_per_number: int = 4
@@ -239,9 +241,7 @@ def plan(work: Workload, cluster: Cluster) -> Plan:
     before: tuple[Step, ...] = ("task",)
     after: tuple[Step, ...] = before if not work.learns else ("shared",) if work.way == "shared" else ("hyper", "task")
     steps = {step: step_plan(work, cluster, step) for step in dict.fromkeys([*before, *after])}
-    count = work.train_samples // work.batch_size
-    count = count if work.steps_per_pass is None else min(count, work.steps_per_pass)
-    seconds = [count * sum(steps[step].seconds for step in passes) for passes in (before, after)]
+    seconds = [sum(pass_steps(work, step) * steps[step].seconds for step in passes) for passes in (before, after)]
     first = min(work.start_epoch, work.epochs) if work.learns else work.epochs
     parts = memory(work, cluster.ranks)
     return Plan(
@@ -249,7 +249,7 @@ def plan(work: Workload, cluster: Cluster) -> Plan:
         device_bytes=peak(parts, "device"),
         host_bytes=peak(parts, "host"),
         steps=tuple(steps.values()),
-        steps_per_pass=count,
+        steps_per_pass=pass_steps(work, "task"),
         passes_before=before,
         passes_after=after,
         epoch_seconds_before=seconds[0],
@@ -257,6 +257,13 @@ def plan(work: Workload, cluster: Cluster) -> Plan:
         run_seconds=first * seconds[0] + (work.epochs - first) * seconds[1],
         problems=problems(work, cluster),
     )
+
+
+def pass_steps(work: Workload, step: Step) -> int:
+    """The steps of a pass; one of task steps has clean pictures, too."""
+    samples = work.train_samples + (0 if step == "hyper" else work.clean_samples)
+    steps = samples // work.batch_size
+    return steps if work.steps_per_pass is None else min(steps, work.steps_per_pass)
 
 
 # Memory ---------------------------------------------------------------------------------------------------------------

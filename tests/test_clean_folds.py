@@ -111,7 +111,9 @@ def test_a_sample_without_a_row_is_as_one_starts_and_stays_so() -> None:
     started = layout.start(label_N[ids.numpy()], torch.float64)
     grads_BP = torch.randn(4, layout.width, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     with comm.process_group(comm.place(), CPU) as ranks:
-        rows = Hyperparameters(layout, np.array([1, 3]), label_N, ranks, Rmsprop(0.99, 1e-8), torch.float64, 0)
+        rows = Hyperparameters(
+            layout, np.array([1, 3]), label_N, ranks, Rmsprop(0.99, 1e-8), torch.float64, 0, guests=True
+        )
         before = layout.join(rows.fetch(ids), 4)
         rows.apply_grads(ids, Rows(**layout.split(grads_BP)), lr=0.1, step=1)
         rows.rest()

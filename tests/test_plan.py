@@ -20,7 +20,7 @@ from typer.testing import CliRunner
 
 from autodo_dist import plan as planning
 from autodo_dist.build import build, build_pictures, build_solve
-from autodo_dist.build_data import build_split
+from autodo_dist.build_data import build_loaders, build_split
 from autodo_dist.cli import app
 from autodo_dist.commands.plan import Sizes, workload
 from autodo_dist.config import Config
@@ -32,6 +32,7 @@ from autodo_dist.load_config import check_config
 from autodo_dist.method.rmsprop import Rmsprop
 from autodo_dist.models import Classifier, build_model
 from autodo_dist.parallel import checkpoint, comm
+from autodo_dist.parallel.comm import Ranks
 from autodo_dist.parallel.row_table import RowTable
 from autodo_dist.plan import GIB, Cluster, Collective, Footprint, Line, Workload, check_memory, plan
 from autodo_dist.progress import tensors
@@ -365,6 +366,22 @@ def test_the_buffer_of_saves_is_counted(pool: RankPool, digits: Path, tmp_path: 
     assert max(pool.run(2, fresh, staged, tree)) == pytest.approx(parts["staging buffer of saves"].bytes, abs=500)
     assert (parts["whole copies for a save"].bytes > 0) == (stage is not None)
     assert parts["staging buffer of saves"].place == "host"
+
+
+@pytest.mark.parametrize("folds", [0, 3])
+@pytest.mark.parametrize("most", [None, 4])
+def test_passes_and_batches_are_those_of_the_loaders(
+    digits: Path, tmp_path: Path, folds: int, most: int | None
+) -> None:
+    """Also where epochs train on the clean part but for a fold."""
+    tree = small(digits, tmp_path, learn__clean_folds=folds, train__batch_size=50, train__steps_per_pass=most)
+    config, manifest = check_config(tree, "of the test"), read_manifest(digits)
+    split = build_split(config, manifest)
+    work = workload(config, Sizes(len(split.train), len(split.validation), 10), CLUSTER)
+    loaders = build_loaders(config, manifest, split, Ranks(0, 1, torch.device("cpu")))
+    assert planning.pass_steps(work, "task") == planning.pass_steps(work, "shared") == loaders.task.steps
+    assert planning.pass_steps(work, "hyper") == loaders.hyper.steps
+    assert work.validation_batch == loaders.hyper_validation.batch_size
 
 
 def test_gathered_samples_are_counted() -> None:

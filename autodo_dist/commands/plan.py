@@ -140,9 +140,11 @@ def workload(config: Config, sizes: Sizes, cluster: Cluster) -> Workload:
     with torch.device("meta"):
         head = torch.nn.Linear(foot.features, sizes.classes)
     solve = build.build_solve(config, head, cluster.ranks)
+    folds = max(1, learn.clean_folds)  # of sizes that differ by at most one
     return Workload(
         train_samples=sizes.train,
-        validation_batch=max(1, min(batch, sizes.validation)),
+        clean_samples=sizes.validation - -(-sizes.validation // folds),
+        validation_batch=max(1, min(batch, sizes.validation // folds)),
         classes=sizes.classes,
         picture_bytes=3 * config.data.image_size**2 * 4,
         footprint=foot,
