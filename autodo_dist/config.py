@@ -514,7 +514,7 @@ class Launch(Section):
 RECIPES: dict[str, dict[str, dict[str, Any]]] = {
     "autodo": {
         "train": {"logit_adjustment": 1.0},
-        "learn": {"weight": True, "soft_label": True, "clean_folds": 5},
+        "learn": {"augment": "shared", "weight": True, "soft_label": True, "clean_folds": 5},
         "hyper": {"lr": 0.02, "solver": "cg"},
     },
     "paper": {

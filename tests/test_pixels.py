@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -79,12 +80,12 @@ def pictures(several: list[Encoded], crop: Crop) -> Pictures:
     )
 
 
-def ways(finish: Finish) -> tuple[Pixels, Pixels, Pixels]:
+def ways(finish: Finish, most: int = 2) -> tuple[Pixels, Pixels, Pixels]:
     """Decoded by DALI, by PIL, and all by DALI, which is the graph for a GPU, here on the CPU."""
     return (
-        TorchvisionPixels(finish, 2, DaliWindows(finish.crop, 2, 1)),
+        TorchvisionPixels(finish, 2, DaliWindows(finish.crop, most, 1)),
         TorchvisionPixels(finish, 2, PilWindows(2)),
-        DaliPixels(finish, 2, 1, None),
+        DaliPixels(finish, most, 1, None),
     )
 
 
@@ -119,6 +120,18 @@ def test_windows_are_resized_alike(kind: Any, side: int) -> None:
     difference = (255 * (by_dali - on_a_gpu) * torch.tensor(STD)[:, None, None]).abs()
     assert float(difference.mean()) < 0.3
     assert float(difference.max()) < 4.01
+
+
+@pytest.mark.parametrize("flip", [0, 1])
+def test_pictures_of_one_size_are_the_same_beside_one_of_another(flip: int) -> None:
+    """Those of one size are resized together, and where none is mirrored normalised together: the same to the bit."""
+    crop = Crop("padded", (0.1, 1.0), 4, 24, 1.0, flip=True)
+    alike, other = [kinds()["jpeg"], kinds()["png"]], kinds()["jpeg, turned"]
+    two, three = (
+        replace(drawn, flip_B=drawn.flip_B * flip) for drawn in (pictures(alike, crop), pictures([*alike, other], crop))
+    )
+    for pixels in ways(Finish(crop, MEAN, STD), 3)[:2]:
+        assert torch.equal(pixels.decode(two), pixels.decode(three)[:2])
 
 
 @pytest.mark.parametrize("broken", [b"", b"\xff\xd8\xff", bytes(100)])
