@@ -515,7 +515,7 @@ RECIPES: dict[str, dict[str, dict[str, Any]]] = {
     "autodo": {
         "train": {"logit_adjustment": 1.0},
         "learn": {"augment": "shared", "weight": True, "soft_label": True, "clean_folds": 5},
-        "hyper": {"lr": 0.02, "solver": "cg"},
+        "hyper": {"lr": 0.02, "solver": "cg", "validation_every": 4},
     },
     "paper": {
         "learn": {"augment": "per_sample", "weight": True, "soft_label": True},

@@ -13,7 +13,6 @@ import threading
 import time
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -167,10 +166,19 @@ def test_what_cannot_be_forked_is_refused(
         trials(tmp_path, methods=tree()["methods"] | {"fork": {"fork": fork, "settings": settings}})
 
 
-def test_a_rival_that_there_is_not_is_named_with_the_nearest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "autodo_dist.experiment.rivals", SimpleNamespace(RIVALS=("elr", "sop")))
-    methods = tree()["methods"] | {"ELR": {"settings": PLAIN, "rival": "erl"}}
-    with pytest.raises(AutodoError, match=r"rival 'erl': did you mean elr\?"):
+@pytest.mark.parametrize(
+    ("rival", "options", "message"),
+    [
+        ("erl", {}, r"rival 'erl' is unknown; did you mean elr\?"),
+        ("elr", {"momentun": 0.5}, r"elr: unknown option momentun; did you mean momentum\?"),
+        ("elr", {"momentum": 2}, "elr: momentum = 2: not at least 0 and below 1"),
+    ],
+)
+def test_a_wrong_rival_or_option_is_refused_before_anything_runs(
+    tmp_path: Path, rival: str, options: dict[str, float], message: str
+) -> None:
+    methods = tree()["methods"] | {"ELR": {"settings": PLAIN, "rival": rival, "options": options}}
+    with pytest.raises(AutodoError, match=message):
         runner.check_rivals(trials(tmp_path, methods=methods))
 
 

@@ -46,7 +46,7 @@ class TorchvisionPixels:
         side = self.finish.crop.image_size
         windows: Sequence[torch.Tensor] = self.windows.decode(pictures)
         if len({window.shape for window in windows}) == 1:  # small pictures cost calls, not pixels: all in one
-            together = F.resize(torch.stack(list(windows)), [side, side], antialias=True)
+            together: torch.Tensor = F.resize(torch.stack(list(windows)), [side, side], antialias=True)
             if pictures.drawn is None and not pictures.flip_B.any():
                 return together.mul(self._factor).add_(self._offset)
             windows = together.unbind()

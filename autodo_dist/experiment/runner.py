@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import signal
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -11,7 +10,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from autodo_dist.data.manifest import read_manifest
-from autodo_dist.errors import AutodoError
 from autodo_dist.experiment import pool, results
 from autodo_dist.experiment.plan import Experiment, Key, Trial, jobs, plan
 from autodo_dist.experiment.results import Line, Standing
@@ -110,18 +108,13 @@ def checksums(trials: Sequence[Trial]) -> dict[str, str]:
 
 
 def check_rivals(trials: Sequence[Trial]) -> None:
-    """AutodoError for a rival that there is not."""
-    names = {trial.rival for trial in trials} - {""}
-    if not names:
-        return
-    from autodo_dist.experiment.flops import rivals  # imports torch
+    """AutodoError for a rival that there is not, or an option or value that it does not take."""
+    wanted = {(trial.rival, tuple(trial.options.items())) for trial in trials if trial.rival}
+    if wanted:
+        from autodo_dist.experiment.flops import rivals  # imports torch
 
-    known: Sequence[str] = rivals().RIVALS
-    for name in sorted(names - set(known)):
-        near = difflib.get_close_matches(name, known, n=1)
-        raise AutodoError(
-            f"rival {name!r}: " + (f"did you mean {near[0]}?" if near else f"choose of {', '.join(known)}")
-        )
+        for name, options in sorted(wanted):
+            rivals().choose(name, dict(options))
 
 
 def describe(found: Standing) -> str:
