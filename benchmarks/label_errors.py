@@ -1,9 +1,9 @@
 """How well wrong labels are found: AutoDO's score beside confident learning, on the same pictures and wrong labels.
 
 Ours: one run of `recipe: autodo`, which learns weights and soft labels from the clean part and trains on it in folds,
-and `label_errors.scores` of it. The
-rival: cleanlab's label quality scores on out-of-sample probabilities, from K runs of the same network with the same
-settings and as many epochs, without AutoDO, each predicting the fold that it did not train on. AutoDO has the clean
+and `label_errors.scores` of it, without learnt augmentation and with a validation batch in every step. The rival:
+cleanlab's label quality scores on out-of-sample probabilities, from K runs of the same network with the same settings
+and as many epochs, without AutoDO, each predicting the fold that it did not train on. AutoDO has the clean
 validation part, so the rival trains on it, too, in every fold ("clean"); the same without it ("train alone") is told
 for information. Scores are compared by the AUROC of wrong labels, with cleanlab's default method and with the one that
 is best in the cell, chosen by the truth.
@@ -44,7 +44,7 @@ from benchmarks.runs import as_command, run, write_rows
 SMALL = ("data.image_size=16", "data.crop_padding=1", "data.imbalance_ratio=1", "data.label_noise=0")
 ONE = ("data.threads=1", "train.threads=1")
 SHORT = ("train.epochs=12", "train.evaluate_every=12", "optim.warmup_epochs=1", "checkpoint.keep=1")
-OURS = ("recipe=autodo", "learn.augment=none", "hyper.start_epoch=3")
+OURS = ("recipe=autodo", "learn.augment=none", "hyper.validation_every=1", "hyper.start_epoch=3")
 PLAIN = ("learn.augment=none", "learn.weight=false", "learn.soft_label=false")
 SETS = {  # settings of a data set, by its name
     "digits": (),
