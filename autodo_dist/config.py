@@ -542,8 +542,9 @@ COMPAT: dict[str, dict[str, dict[str, Any]]] = {
 class Config(Section):
     recipe: Literal["autodo", "paper"] | None = Field(
         None,
-        description="autodo: weights and soft labels, the clean part trained on in folds, adjusted logits (docs/"
-        "method.md); paper: all three groups, the clean part for validation alone, hyper passes of their own",
+        description="autodo: one augmentation, weights and soft labels, the clean part trained on in folds, adjusted "
+        "logits (docs/method.md); paper: all three groups, the clean part for validation alone, hyper passes of their "
+        "own",
     )
     compat: Literal["autodo2021"] | None = Field(
         None,
