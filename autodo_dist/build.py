@@ -208,7 +208,7 @@ def build_hyper(
     table_device = torch.device("cpu") if hyper.table_device == "host" else ranks.device
     check_memory(
         train_samples=len(split.train),
-        width=layout.width,
+        kept_width=2 * layout.width + (layout.classes if config.learn.ensembling else 0),
         ranks=ranks.ranks,
         bytes_per_value=table_dtype(config).itemsize,
         memory=memory_of(table_device, config.launch.ranks_per_node),
@@ -226,6 +226,7 @@ def build_hyper(
             table_dtype(config),
             table_device,
             guests=bool(config.learn.clean_folds),
+            ensembling=config.learn.ensembling,
         ),
         solve=build_solve(config, head, ranks.ranks),
         way=hyper.way,

@@ -409,6 +409,16 @@ class Learn(Section):
         "epoch leaves out gives its validation gradient. Without rows: clean pictures weigh 1 and keep their labels. "
         "0: it is not trained on (the paper)",
     )
+    ensembling: float = Field(
+        0.0,
+        ge=0,
+        lt=1,
+        description="β: soft labels move with the running mean p̄ <- β·p̄ + (1 - β)·p of the network's predictions, by "
+        "Bayes' rule (autodo_dist/ensembling.py); 0: they do not",
+    )
+    ensembling_from: float = Field(
+        0.33, ge=0, lt=1, description="ensembling: share of the epochs after which soft labels begin to move"
+    )
     smoothing: float = Field(0.1, description="α: soft labels start at (1 - α)y + α/C; 0 < α < C/(C - 1)")
 
     @property
@@ -514,8 +524,8 @@ class Launch(Section):
 RECIPES: dict[str, dict[str, dict[str, Any]]] = {
     "autodo": {
         "train": {"logit_adjustment": 1.0},
-        "learn": {"augment": "shared", "weight": True, "soft_label": True, "clean_folds": 5},
-        "hyper": {"lr": 0.02, "solver": "cg", "validation_every": 4},
+        "learn": {"augment": "shared", "weight": True, "soft_label": True, "clean_folds": 5, "ensembling": 0.7},
+        "hyper": {"lr": 0.01, "solver": "identity", "validation_every": 4},
     },
     "paper": {
         "learn": {"augment": "per_sample", "weight": True, "soft_label": True},
@@ -542,9 +552,9 @@ COMPAT: dict[str, dict[str, dict[str, Any]]] = {
 class Config(Section):
     recipe: Literal["autodo", "paper"] | None = Field(
         None,
-        description="autodo: one augmentation, weights and soft labels, the clean part trained on in folds, adjusted "
-        "logits (docs/method.md); paper: all three groups, the clean part for validation alone, hyper passes of their "
-        "own",
+        description="autodo: one augmentation, weights, soft labels that follow predictions, the clean part trained on "
+        "in folds, adjusted logits (docs/method.md); paper: all three groups, the clean part for validation alone, "
+        "hyper passes of their own",
     )
     compat: Literal["autodo2021"] | None = Field(
         None,

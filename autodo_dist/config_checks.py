@@ -41,6 +41,11 @@ def check_consistent(config: Config) -> None:
             "train.precision = fp16: learnt augmentation takes gradients through the encoder that are too small for "
             "float16; set train.precision=bf16, or learn.augment=none"
         )
+    if learn.ensembling and not learn.soft_label:
+        raise AutodoError(
+            f"learn.ensembling = {learn.ensembling:g}: it is soft labels that follow predictions; set "
+            "learn.soft_label=true too, or learn.ensembling=0"
+        )
     if learn.normalize_weights and not learn.weight:
         raise AutodoError("learn.normalize_weights = true: there are no weights; set learn.weight=true too")
     if (config.data.policy == "custom") != bool(config.data.sub_policies):

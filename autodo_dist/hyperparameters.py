@@ -15,7 +15,9 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 import torch
+import torch.nn.functional as F
 
+from autodo_dist.ensembling import Ensemble
 from autodo_dist.errors import AutodoError
 from autodo_dist.method import losses, warp
 from autodo_dist.method.hypergrad import Rows
@@ -115,10 +117,12 @@ class Hyperparameters:
         most_bad_rows: int,
         table_dtype: torch.dtype | None = None,
         table_device: torch.device | None = None,
+        *,
         guests: bool = False,
+        ensembling: float = 0.0,
     ) -> None:
         """Start values for the sorted train `ids`; label_N are the given labels by id. The table's type and place are
-        by default `dtype`, in which steps compute, and the ranks' device.
+        by default `dtype`, in which steps compute, and the ranks' device. ensembling: β of ensembling.py, 0 for none.
         """
         table_dtype = dtype if table_dtype is None else table_dtype
         self.layout, self.label_N, self.most_bad_rows, self.guests = layout, label_N, most_bad_rows, guests
@@ -132,6 +136,10 @@ class Hyperparameters:
         operations = len(layout.operations)
         shared = torch.tensor([gate] * operations + [magnitude] * operations, dtype=dtype)
         self.shared = SharedRow(shared, self.ranks, rule)
+        self.ensemble = None
+        if ensembling:
+            given_n = label_N[self.table.my_ids]
+            self.ensemble = Ensemble(self.table, given_n, layout.classes, ensembling, layout.smoothing)
         self.bad_rows = 0
         self._last_bad: tuple[int, list[int]] = 0, []  # hyper step and ids
 
@@ -205,6 +213,34 @@ class Hyperparameters:
         if self.layout.augment == "shared" and gates:
             self.shared.apply_grad(torch.cat(gates, 1)[finite_B].sum(0), lr=lr, step=step)
 
+    def note_predictions(self, ids_B: torch.Tensor, share_BC: torch.Tensor, step: int) -> None:
+        """Have soft labels follow the predictions of this rank's batch, made by task step `step`; nothing without
+        ensembling. It may still be going on when this returns.
+        """
+        if self.ensemble is not None:
+            self.queue.push(lambda: self._note_predictions(ids_B, share_BC, step))
+
+    def _note_predictions(self, ids_B: torch.Tensor, share_BC: torch.Tensor, step: int) -> None:
+        assert self.ensemble is not None
+        taken_B = share_BC.isfinite().all(1)
+        if self.guests:
+            taken_B &= self._have_rows(ids_B)
+        rows, share_nC = self.table.deliver(ids_B[taken_B], share_BC[taken_B])
+        self.table.add(rows, self._soft(self.ensemble.note(rows, share_nC)), step)
+
+    def follow_predictions(self, step: int) -> None:
+        """Have all soft labels follow from here on, by a new estimate of how labels are mistaken, before task step
+        `step`; nothing without ensembling.
+        """
+        self.rest()
+        if self.ensemble is not None:
+            for rows, by_nC in self.ensemble.renew():
+                self.table.add(rows, self._soft(by_nC), step)
+
+    def _soft(self, by_nC: torch.Tensor) -> torch.Tensor:
+        """Rows (n × P) that are 0 but for the soft logits."""
+        return F.pad(by_nC, (self.layout.width - self.layout.classes, 0))
+
     def _count_bad(self, ids: torch.Tensor, step: int) -> None:
         bad = int(self.ranks.sum(torch.tensor(len(ids), device=self.ranks.device)))
         if not bad:
@@ -264,7 +300,8 @@ class Hyperparameters:
         """Everything that a resume needs."""
         self.rest()
         bad_rows, ids = torch.tensor(self.bad_rows), digest(self.table.ids)
-        return {"rows": self.table.state(), "shared": self.shared.state(), "bad_rows": bad_rows, "ids": ids}
+        state = {"rows": self.table.state(), "shared": self.shared.state(), "bad_rows": bad_rows, "ids": ids}
+        return state if self.ensemble is None else state | {"ensemble": self.ensemble.state()}
 
     def restore(self, state: dict[str, Any]) -> None:
         """Take back what `state` gave, on any number of ranks. AutodoError if its rows are of other samples."""
@@ -275,6 +312,8 @@ class Hyperparameters:
             )
         self.table.restore(state["rows"])
         self.shared.restore(state["shared"])
+        if self.ensemble is not None:
+            self.ensemble.restore(state["ensemble"])
         self.bad_rows = int(state["bad_rows"])
 
 

@@ -65,9 +65,9 @@ class Workload:
     of a rank's part of a batch. picture_bytes: one picture as the model takes it. bytes_per_number: of weights, 4 or 8.
     averages: whether a moving average of them is kept. optimizer_numbers: kept for each of them.
     stage: of ZeRO, None with DDP; reduce_bucket, most_live: DeepSpeed's elements of a bucket of gradients, and of
-    parameters that stage 3 keeps gathered. row_width: P, 0 where no sample has a row. shared_width: values of the row
-    that all samples share. bytes_per_value: of the table, 2, 4 or 8. space, products: see solvers.Space; products with
-    the curvature in a hyper step.
+    parameters that stage 3 keeps gathered. row_width: P, 0 where no sample has a row. ensembles: whether a mean
+    prediction of each sample is kept, too. shared_width: values of the row that all samples share. bytes_per_value: of
+    the table, 2, 4 or 8. space, products: see solvers.Space; products with the curvature in a hyper step.
     """
 
     train_samples: int
@@ -89,6 +89,7 @@ class Workload:
     most_live: int = 1_000_000_000
     learns: bool = False
     row_width: int = 0
+    ensembles: bool = False
     shared_width: int = 0
     augment: bool = False
     soft_label: bool = False
@@ -107,6 +108,16 @@ class Workload:
     def theta_bytes(self) -> int:
         """Bytes of one direction in θ."""
         return self.classes * (self.footprint.features + 1) * self.bytes_per_number
+
+    @property
+    def kept_width(self) -> int:
+        """Values of a sample that a rank keeps: of its row, second moments of these, its mean prediction."""
+        return 2 * self.row_width + self.classes * self.ensembles
+
+    @property
+    def confusion_bytes(self) -> int:
+        """Bytes of P(y | c) (ensembling.py), where the rows lie; 0 without mean predictions."""
+        return self.classes**2 * max(4, self.bytes_per_value) * self.ensembles
 
     @property
     def average_bytes(self) -> int:
@@ -291,6 +302,8 @@ def memory(work: Workload, ranks: int) -> tuple[Memory, ...]:
         *parts,
         Memory("rows: values", rows * work.row_width * work.bytes_per_value, place=place),
         Memory("rows: second moments", rows * work.row_width * work.bytes_per_value, place=place),
+        Memory("rows: mean predictions", rows * work.classes * work.ensembles * work.bytes_per_value, place=place),
+        Memory("how labels are mistaken", work.confusion_bytes, place=place),
         Memory("rows: last updates", rows * TOUCHED, place=place),
         Memory("rows of a batch", 8 * local * work.row_width * max(4, work.bytes_per_value)),
         Memory("validation gradient", work.theta_bytes),
@@ -330,7 +343,8 @@ def save_memory(work: Workload, ranks: int) -> list[Memory]:
     whole = work.footprint.parameters * work.bytes_per_number * (1 + work.optimizer_numbers)
     staged = whole + sum(work.footprint.buffers) + work.average_bytes
     if work.learns:
-        staged += table_bytes(work.train_samples, work.row_width, ranks, work.bytes_per_value) + work.theta_bytes
+        staged += table_bytes(work.train_samples, work.kept_width, ranks, work.bytes_per_value)
+        staged += work.confusion_bytes + work.theta_bytes
     return [
         Memory("staging buffer of saves", staged, place="device" if work.on_cpu else "host"),
         Memory("whole copies for a save", whole if work.stage else 0, "save"),
@@ -356,15 +370,15 @@ def peak(parts: Sequence[Memory], place: Place) -> float:
     return max(sum(part.bytes for part in here if part.needed in ("always", time)) for time in times)
 
 
-def table_bytes(train_samples: int, width: int, ranks: int, bytes_per_value: int) -> int:
-    """Bytes of the fullest rank's part of the table: values, second moments and last updates of ⌈N/R⌉ rows."""
-    return -(-train_samples // ranks) * (2 * width * bytes_per_value + TOUCHED)
+def table_bytes(train_samples: int, kept_width: int, ranks: int, bytes_per_value: int) -> int:
+    """Bytes of the fullest rank's part of the table: so many values for each of ⌈N/R⌉ rows, and the last updates."""
+    return -(-train_samples // ranks) * (kept_width * bytes_per_value + TOUCHED)
 
 
 def check_memory(
     *,
     train_samples: int,
-    width: int,
+    kept_width: int,
     ranks: int,
     bytes_per_value: int,
     memory: float,
@@ -376,7 +390,7 @@ def check_memory(
 
     AutodoError with the setting to change. Cheap, and silent where only estimates say that it will not fit.
     """
-    table = table_bytes(train_samples, width, ranks, bytes_per_value)
+    table = table_bytes(train_samples, kept_width, ranks, bytes_per_value)
     if table + weights <= memory:
         return
     cures = [f"more ranks ({math.ceil(ranks * table / max(memory - weights, 1))} or more)"] if memory > weights else []
@@ -384,8 +398,9 @@ def check_memory(
     cures += [] if table_on_host else ["hyper.table_device=host"]
     cures += ["learn.soft_label=false"]
     raise AutodoError(
-        f"row table: {table / GIB:.2f} GiB a rank ({train_samples} rows of {width} values over {ranks} ranks) and "
-        f"{weights / GIB:.2f} GiB of weights do not fit into {memory / GIB:.2f} GiB; try {', or '.join(cures)}"
+        f"row table: {table / GIB:.2f} GiB a rank ({train_samples} samples over {ranks} ranks, {kept_width} values "
+        f"of each) and {weights / GIB:.2f} GiB of weights do not fit into {memory / GIB:.2f} GiB; try "
+        + ", or ".join(cures)
     )
 
 
@@ -422,7 +437,7 @@ def cures(work: Workload, cluster: Cluster) -> list[str]:
         groups.append([("hyper.table_dtype=bfloat16", replace(work, bytes_per_value=2), cluster)])
         groups.append([("hyper.table_device=host", replace(work, table_on_host=True), cluster)])
     if work.soft_label:
-        narrow = replace(work, row_width=work.row_width - work.classes, soft_label=False)
+        narrow = replace(work, row_width=work.row_width - work.classes, soft_label=False, ensembles=False)
         groups.append([("learn.soft_label=false", narrow, cluster)])
     if work.gathers and not work.per_rank:
         spread = replace(work, solver="cg" if work.solver == "fisher" else work.solver, space="parameter")
@@ -449,6 +464,8 @@ def collectives(work: Workload, ranks: int, step: Step) -> list[Collective]:
         found += gradients(work)
     if step != "task":
         found += [*curvature(work, local), *validation(work, step), *apply_rows(work, local, ranks)]
+    if work.ensembles and step != "hyper":
+        found += travel(work, "predictions", work.classes, max(4, work.bytes_per_value), local, ranks)
     if work.learns and work.normalize_weights:
         size = work.bytes_per_number
         found += [Collective("mean weight", "all_reduce", size, 2.0 if step == "shared" else 1.0)]
@@ -468,28 +485,28 @@ def gradients(work: Workload) -> list[Collective]:
 
 def fetch_rows(work: Workload, local: float, ranks: int) -> list[Collective]:
     """8·R + b·(8 + P·bytes_per_value) bytes on every rank, of which (R − 1)/R leave it: ids there, values back."""
-    return travel(work, "rows fetched", work.bytes_per_value, local, ranks) if work.row_width else []
+    return travel(work, "rows fetched", work.row_width, work.bytes_per_value, local, ranks) if work.row_width else []
 
 
 def apply_rows(work: Workload, local: float, ranks: int) -> list[Collective]:
     """Ids and gradients to their owners. A bfloat16 table is computed in float32, and its gradients travel so."""
     found = [Collective("count of bad rows", "all_reduce", COUNT, behind="step")]
     if work.row_width:
-        found += travel(work, "row gradients", max(4, work.bytes_per_value), local, ranks)
+        found += travel(work, "row gradients", work.row_width, max(4, work.bytes_per_value), local, ranks)
     if work.shared_width:
         found.append(Collective("shared row", "all_reduce", work.shared_width * work.bytes_per_number))
     return found
 
 
-def travel(work: Workload, part: str, bytes_per_value: int, local: float, ranks: int) -> list[Collective]:
-    """One way of a batch's rows: lengths, ids, rows. They go on a thread beside the step (parallel/row_queue.py), for
-    which a row shared by all samples has to wait.
+def travel(work: Workload, part: str, width: int, bytes_per_value: int, local: float, ranks: int) -> list[Collective]:
+    """One way of so many values for each sample of a batch: lengths, ids, values. They go on a thread beside the step
+    (parallel/row_queue.py), for which a row shared by all samples has to wait.
     """
     behind: Literal["", "step"] = "" if work.shared_width else "step"
     return [
         Collective(f"{part}: lengths", "all_to_all", COUNT * ranks, behind=behind),
         Collective(f"{part}: ids", "all_to_all", ID * local, behind=behind),
-        Collective(part, "all_to_all", work.row_width * bytes_per_value * local, behind=behind),
+        Collective(part, "all_to_all", width * bytes_per_value * local, behind=behind),
     ]
 
 

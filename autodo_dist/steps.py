@@ -31,10 +31,11 @@ FIGURES = ("loss", "hits", "pictures", "cosine", "largest_eigenvalue", "hyper_st
 
 @dataclass(frozen=True)
 class Trained:
-    """What a task step tells: FIGURES, and each sample's loss l_i before its weight."""
+    """What a task step tells: FIGURES, each sample's loss l_i before its weight, and the logits that the loss saw."""
 
     figures: torch.Tensor
     loss_B: torch.Tensor
+    logits_BC: torch.Tensor
 
 
 @dataclass(frozen=True)
@@ -76,7 +77,10 @@ def task_step(parts: Parts, batch: Batch, done: int, ranks: Ranks) -> Trained:
         parts.engine.backward(forward.loss)
         trained.append(forward.trained)
     finish(parts, done)
-    return together(trained)
+    found = together(trained)
+    if parts.hyper is not None:
+        parts.hyper.parameters.note_predictions(batch.ids_B, found.logits_BC.softmax(1), done)
+    return found
 
 
 def hyper_step(parts: Parts, hyper: Hyper, batch: Batch, lr: float, step: int, ranks: Ranks) -> torch.Tensor:
@@ -134,6 +138,7 @@ def shared_step(parts: Parts, hyper: Hyper, batch: Batch, done: int, lr: float, 
     finish(parts, done)
     hyper.parameters.apply_grads(batch.ids_B, found.rows(joined(gates)), lr=lr, step=step)
     trained = together([forward.trained for forward in forwards])
+    hyper.parameters.note_predictions(batch.ids_B, trained.logits_BC.softmax(1), done)
     return replace(trained, figures=trained.figures + figures_of(found))
 
 
@@ -190,7 +195,9 @@ def joined(gates: Sequence[Sequence[torch.Tensor]]) -> list[torch.Tensor]:
 def together(trained: Sequence[Trained]) -> Trained:
     """What the pieces of a step tell."""
     return Trained(
-        torch.stack([piece.figures for piece in trained]).sum(0), torch.cat([piece.loss_B for piece in trained])
+        torch.stack([piece.figures for piece in trained]).sum(0),
+        torch.cat([piece.loss_B for piece in trained]),
+        torch.cat([piece.logits_BC for piece in trained]),
     )
 
 
@@ -251,7 +258,7 @@ def train_forward(parts: Parts, piece: Piece, weight_B: torch.Tensor, ranks: Ran
     figures = torch.zeros(len(FIGURES), dtype=torch.float64, device=loss.device)
     figures[:3] = torch.stack([loss.detach().double(), hits.double(), hits.new_tensor(len(loss_B)).double()])
     # The engine takes the mean over ranks, whose parts of the batch may differ by one picture.
-    trained = Trained(figures, loss_B.detach())
+    trained = Trained(figures, loss_B.detach(), seen_BC.detach())
     return Forward(features_BD, loss * ranks.ranks / objective.batch_size, trained)
 
 

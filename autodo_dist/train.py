@@ -196,6 +196,7 @@ def loop(run: Run) -> None:
     while progress.epoch < epochs:
         if progress.pass_ == "hyper":
             if progress.position == 0:
+                follow_predictions(run)
                 renew_adjustment(run)
             if learning(run, "separate"):
                 hyper_pass(run)
@@ -208,6 +209,15 @@ def loop(run: Run) -> None:
         save(run)
     finish_saving(run)
     summarise(run)
+
+
+def follow_predictions(run: Run) -> None:
+    """Have soft labels follow the network's predictions in the epoch that begins, where that is due. Every rank must
+    call this.
+    """
+    hyper, learn, epochs = run.parts.hyper, run.config.learn, run.config.train.epochs
+    if hyper is not None and run.progress.epoch >= learn.ensembling_from * epochs:
+        hyper.parameters.follow_predictions(run.steps_done)
 
 
 def renew_adjustment(run: Run) -> None:

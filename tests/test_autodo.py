@@ -76,6 +76,7 @@ def pass_states(tree: dict[str, Any], steps: int) -> dict[str, torch.Tensor]:
         batches = [first(loader, steps) for loader in (parts.loaders.hyper, parts.loaders.task)]
         validations = endless(parts.loaders.hyper_validation, 0)
         before = {name: value.clone() for name, value in parts.model.state_dict().items()}
+        hyper.parameters.follow_predictions(0)
         if hyper.way == "separate":
             parts.model.eval()
             for step, batch in enumerate(batches[0], start=1):
@@ -111,7 +112,15 @@ def pass_states(tree: dict[str, Any], steps: int) -> dict[str, torch.Tensor]:
         ({"hyper__solver": "fisher", "learn__color": True}, (3,)),
         ({"hyper__way": "shared", "learn__normalize_weights": True}, (2, 4)),
         ({"hyper__way": "shared", "hyper__solver": "fisher", "learn__augment": "shared"}, (3,)),
-        ({"hyper__way": "shared", "learn__clean_folds": 3, "train__logit_adjustment": 1.0}, (3,)),
+        (
+            {
+                "hyper__way": "shared",
+                "learn__clean_folds": 3,
+                "train__logit_adjustment": 1.0,
+                "learn__ensembling": 0.7,
+            },
+            (3,),
+        ),
     ],
     ids=str,
 )

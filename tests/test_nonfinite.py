@@ -265,7 +265,7 @@ def watch_over(module: torch.nn.Module, ranks: comm.Ranks) -> Watch:
 def trained(loss_B: torch.Tensor) -> Trained:
     figures = torch.zeros(len(steps.FIGURES), dtype=torch.float64)
     figures[0] = loss_B.sum()
-    return Trained(figures, loss_B)
+    return Trained(figures, loss_B, torch.zeros(len(loss_B), 10))
 
 
 def test_a_step_is_watched_without_reading_from_the_device() -> None:

@@ -43,7 +43,8 @@ from benchmarks.scaling import part_of
 CPU = torch.device("cpu")
 STEPS = ("task", "hyper", "shared", "validation")
 FOOT = Footprint(1000, (8, 4), 7, dict.fromkeys(STEPS, 1e6), dict.fromkeys(STEPS, Line(100.0, 10.0)))
-WORK = Workload(900, 30, 10, 300, FOOT, batch_size=60, epochs=10, learns=True, row_width=25, soft_label=True)
+CLASSES = 10
+WORK = Workload(900, 30, CLASSES, 300, FOOT, batch_size=60, epochs=10, learns=True, row_width=25, soft_label=True)
 CLUSTER = Cluster(2, 4, GIB, GIB, link=1e9, local_link=1e10, flops=1e12)
 
 
@@ -102,6 +103,7 @@ def count_rows(rows: int, width: int, local: int, table_dtype: torch.dtype) -> t
         ids = torch.cat([torch.arange(each) + owner * table.block + ranks.rank * each for owner in range(ranks.ranks)])
         values = table.fetch(ids)
         table.apply_grads(ids, torch.ones_like(values), lr=0.1, step=1)
+        table.deliver(ids, torch.ones(len(ids), CLASSES))
         held = table.value_nP.nbytes + table.second_nP.nbytes + table.touched_n.nbytes
         return counted.bytes["all_to_all"], counted.left, held
 
@@ -109,15 +111,24 @@ def count_rows(rows: int, width: int, local: int, table_dtype: torch.dtype) -> t
 @pytest.mark.parametrize(("ranks", "dtype"), [(2, torch.float32), (4, torch.float32), (2, torch.bfloat16)])
 def test_rows_send_and_hold_what_the_plan_says(pool: RankPool, ranks: int, dtype: torch.dtype) -> None:
     rows, width, local = 101, 13, 12
-    work = replace(WORK, train_samples=rows, row_width=width, batch_size=local * ranks, bytes_per_value=dtype.itemsize)
-    calls = travelling(work, local, ranks)
+    work = replace(
+        WORK,
+        train_samples=rows,
+        row_width=width,
+        ensembles=True,
+        batch_size=local * ranks,
+        bytes_per_value=dtype.itemsize,
+    )
+    calls = [call for call in planning.collectives(work, ranks, "shared") if call.kind == "all_to_all"]
     found = pool.run(ranks, count_rows, rows, width, local, dtype)
     for sent, left, _ in found:
         assert sent == sum(call.bytes for call in calls)
         assert left == pytest.approx(sum(planning.sent_bytes(call, ranks) for call in calls))
-    assert max(held for *_, held in found) == planning.table_bytes(rows, width, ranks, dtype.itemsize)
-    table = sum(part.bytes for part in planning.memory(work, ranks) if part.part.startswith("rows: "))
-    assert table == planning.table_bytes(rows, width, ranks, dtype.itemsize)
+    assert max(held for *_, held in found) == planning.table_bytes(rows, 2 * width, ranks, dtype.itemsize)
+    parts = {part.part: part.bytes for part in planning.memory(work, ranks)}
+    assert parts["rows: mean predictions"] == -(-rows // ranks) * CLASSES * dtype.itemsize
+    table = sum(size for part, size in parts.items() if part.startswith("rows: "))
+    assert table == planning.table_bytes(rows, work.kept_width, ranks, dtype.itemsize)
 
 
 def test_rows_are_within_the_promise() -> None:
@@ -330,12 +341,12 @@ def test_memory_by_part() -> None:
     assert sizes["rows: values"] == sizes["rows: second moments"] == 113 * 25 * 4
     assert sizes["validation gradient"] == 10 * 8 * 4
     assert sizes["forward of the validation batch"] == 140
-    assert sizes["staging buffer of saves"] == 4012 + 4000 + planning.table_bytes(900, 25, 8, 4) + 10 * 8 * 4
+    assert sizes["staging buffer of saves"] == 4012 + 4000 + planning.table_bytes(900, 50, 8, 4) + 10 * 8 * 4
     together = sum(part.bytes for part in parts.values() if part.place == "device")
     together -= sizes["forward of the validation batch"]
     assert planning.peak(list(parts.values()), "device") == together - sizes["activations of the task step"]
     host = planning.memory(replace(WORK, table_on_host=True, bytes_per_value=2), 8)
-    table = planning.table_bytes(900, 25, 8, 2)
+    table = planning.table_bytes(900, 50, 8, 2)
     assert planning.peak(host, "host") == table + (8012 + table + 320)
 
 
@@ -355,8 +366,10 @@ def staged(tree: dict[str, Any]) -> int:
 
 @pytest.mark.parametrize("stage", [None, pytest.param(1, marks=needs_deepspeed)])
 def test_the_buffer_of_saves_is_counted(pool: RankPool, digits: Path, tmp_path: Path, stage: int | None) -> None:
-    """Model, momentum, average, this rank's rows and the validation gradient, but for their counters."""
-    tree = with_stage(small(digits, tmp_path, train__average=0.9), stage)
+    """Model, momentum, average, this rank's rows with mean predictions and the validation gradient, but for their
+    counters.
+    """
+    tree = with_stage(small(digits, tmp_path, train__average=0.9, learn__ensembling=0.7), stage)
     config, manifest = check_config(tree, "of the test"), read_manifest(digits)
     split = build_split(config, manifest)
     work = workload(
@@ -438,8 +451,8 @@ def test_activations_that_do_not_fit_want_a_smaller_batch() -> None:
 
 
 def test_a_table_that_cannot_fit_is_refused() -> None:
-    facts = {"train_samples": 1_281_167, "width": 1015, "ranks": 2, "bytes_per_value": 4}
-    need = planning.table_bytes(1_281_167, 1015, 2, 4)
+    facts = {"train_samples": 1_281_167, "kept_width": 2030, "ranks": 2, "bytes_per_value": 4}
+    need = planning.table_bytes(1_281_167, 2030, 2, 4)
     check_memory(**facts, memory=need)
     with pytest.raises(
         AutodoError, match=r"4\.85 GiB a rank .* more ranks \(3 or more\), or hyper.table_dtype=bfloat16"

@@ -88,7 +88,12 @@ def small(digits: Path, folder: Path, **changes: Any) -> dict[str, Any]:
     return learning(digits, folder, **{"data__image_size": 8, "data__crop": "whole"} | changes)
 
 
-FOLDED = {"learn__clean_folds": 3, "train__logit_adjustment": 1.0}
+FOLDED = {
+    "learn__clean_folds": 3,
+    "train__logit_adjustment": 1.0,
+    "learn__ensembling": 0.7,
+    "learn__ensembling_from": 0.5,
+}
 
 # --- nothing may be left out
 

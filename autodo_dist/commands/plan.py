@@ -159,6 +159,7 @@ def workload(config: Config, sizes: Sizes, cluster: Cluster) -> Workload:
         **of_engine(config, cluster.ranks),
         learns=learn.anything,
         row_width=build.build_layout(config, sizes.classes).width,
+        ensembles=learn.ensembling > 0,
         shared_width=2 * len(operations) if learn.augment == "shared" else 0,
         augment=learn.augment != "none",
         soft_label=learn.soft_label,

@@ -21,6 +21,7 @@ from torch.distributed.tensor import DTensor, Shard
 
 from autodo_dist.errors import AutodoError
 from autodo_dist.method.rmsprop import Rmsprop, computed_in, sum_duplicates, touch
+from autodo_dist.method.rounding import random_words, to_bfloat16
 from autodo_dist.parallel.comm import Ranks
 
 Ids = npt.NDArray[np.int64]
@@ -80,18 +81,32 @@ class RowTable:
 
     def apply_grads(self, ids_B: torch.Tensor, grads_BP: torch.Tensor, *, lr: float, step: int) -> None:
         """One RMSprop step, number `step` counted from 1, on the rows of all ranks' ids. Every rank must call this."""
-        route = self._route(ids_B)
-        grads = grads_BP.to(self.device, computed_in(self.value_nP.dtype)).index_select(0, route.order_B)
-        rows, grads = sum_duplicates(route.rows, self.ranks.exchange(grads, route.sent, route.received))
+        rows, grads = sum_duplicates(*self.deliver(ids_B, grads_BP.to(computed_in(self.value_nP.dtype))))
         ids = torch.from_numpy(self.my_ids[rows.cpu().numpy()]).to(self.device)
         table = self.value_nP, self.second_nP, self.touched_n
         touch(*table, rows, ids, grads, lr=lr, step=step, rule=self.rule)
 
+    def add(self, rows: torch.Tensor, by_nP: torch.Tensor, step: int) -> None:
+        """Add to rows of this rank, no row twice, what no gradient says. `step` is for rounding, as in `touch`."""
+        value_nP = self.value_nP.index_select(0, rows).to(by_nP.dtype) + by_nP
+        if self.value_nP.dtype == torch.bfloat16:
+            ids = torch.from_numpy(self.my_ids[rows.cpu().numpy()]).to(self.device)
+            value_nP = to_bfloat16(value_nP, random_words(step, ids, value_nP.shape[1]) >> 32)
+        self.value_nP.index_copy_(0, rows, value_nP)
+
+    def deliver(self, ids_B: torch.Tensor, values_BP: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Send what belongs to each id to the rank that has its row: this rank's rows, and what came for them.
+
+        A row comes as often as its id was sent. Every rank must call this.
+        """
+        route = self._route(ids_B)
+        sent = values_BP.to(self.device).index_select(0, route.order_B)
+        return route.rows, self.ranks.exchange(sent, route.sent, route.received)
+
     def state(self) -> dict[str, Any]:
         """Everything that a resume needs, each tensor sharded over the ranks. Every rank must call this."""
-        mesh = DeviceMesh(self.device.type, torch.arange(self.ranks.ranks))
         local = {"value": self.value_nP, "second_moment": self.second_nP, "touched": self.touched_n}
-        return {name: self._sharded(tensor, mesh) for name, tensor in local.items()}
+        return {name: self.sharded(tensor) for name, tensor in local.items()}
 
     def restore(self, state: dict[str, Any]) -> None:
         """Take back what `state` gave, from any number of ranks."""
@@ -99,7 +114,11 @@ class RowTable:
             state[name].to_local() for name in ("value", "second_moment", "touched")
         )
 
-    def _sharded(self, local: torch.Tensor, mesh: DeviceMesh) -> DTensor:
+    def sharded(self, local: torch.Tensor) -> DTensor:
+        """A tensor that has an entry for each of this rank's rows, as its part of one for all. Every rank must call
+        this.
+        """
+        mesh = DeviceMesh(self.device.type, torch.arange(self.ranks.ranks))
         shape = torch.Size((len(self.ids), *local.shape[1:]))
         stride = (local.shape[1], 1) if local.dim() == 2 else (1,)
         return DTensor.from_local(local, mesh, [Shard(0)], run_check=False, shape=shape, stride=stride)
