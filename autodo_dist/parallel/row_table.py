@@ -9,6 +9,7 @@ loaded on any number of ranks. No rank ever holds the whole table, and a step co
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -114,14 +115,17 @@ class RowTable:
             state[name].to_local() for name in ("value", "second_moment", "touched")
         )
 
+    @functools.cached_property
+    def _mesh(self) -> DeviceMesh:
+        return DeviceMesh(self.device.type, torch.arange(self.ranks.ranks))
+
     def sharded(self, local: torch.Tensor) -> DTensor:
         """A tensor that has an entry for each of this rank's rows, as its part of one for all. Every rank must call
         this.
         """
-        mesh = DeviceMesh(self.device.type, torch.arange(self.ranks.ranks))
         shape = torch.Size((len(self.ids), *local.shape[1:]))
         stride = (local.shape[1], 1) if local.dim() == 2 else (1,)
-        return DTensor.from_local(local, mesh, [Shard(0)], run_check=False, shape=shape, stride=stride)
+        return DTensor.from_local(local, self._mesh, [Shard(0)], run_check=False, shape=shape, stride=stride)
 
     def _collect(self, stored_n: torch.Tensor, route: Route) -> torch.Tensor:
         """What every rank asked for of a stored column or table, in the order of its ids."""
