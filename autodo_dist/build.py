@@ -213,6 +213,7 @@ def build_hyper(
         bytes_per_value=table_dtype(config).itemsize,
         memory=memory_of(table_device, config.launch.ranks_per_node),
         table_on_host=hyper.table_device == "host",
+        ensembles=config.learn.ensembling > 0,
     )
     return Hyper(
         parameters=Hyperparameters(

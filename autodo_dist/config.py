@@ -417,7 +417,7 @@ class Learn(Section):
         "Bayes' rule (autodo_dist/ensembling.py); 0: they do not",
     )
     ensembling_from: float = Field(
-        0.33, ge=0, lt=1, description="ensembling: share of the epochs after which soft labels begin to move"
+        0.33, gt=0, lt=1, description="ensembling: share of the epochs after which soft labels begin to move"
     )
     smoothing: float = Field(0.1, description="α: soft labels start at (1 - α)y + α/C; 0 < α < C/(C - 1)")
 

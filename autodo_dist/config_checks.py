@@ -60,6 +60,11 @@ def check_consistent(config: Config) -> None:
                 "history.ids: nothing is learnt of any sample, so there are no rows to keep; leave it out"
             )
         return
+    if learn.ensembling and learn.ensembling_from * epochs > epochs - 1:
+        raise AutodoError(
+            f"learn.ensembling_from = {learn.ensembling_from:g}: soft labels would not begin to move in any of "
+            f"{epochs} epochs; lower it, or set learn.ensembling=0"
+        )
     if hyper.start_epoch >= epochs:
         raise AutodoError(
             f"hyper.start_epoch = {hyper.start_epoch}: not below train.epochs = {epochs}, so that nothing would "

@@ -10,9 +10,10 @@ label y_i alone, the posterior of the true one by both:
 
     P_i(c) ∝ p̄_i(c)·P(y_i | c),    P(y | c) = Q_yc / Σ_y' Q_y'c,    Q_yc = Σ_{i: y_i = y} p̄_i(c)
 
-P(y | c), how often a picture of class c is given as y, is estimated anew when an epoch begins. λ^S_i moves by as much
-as log[(1 − α)·P_i + α/C] does, α = learn.smoothing; what hypergradients have added to it stays on top. Shapes: n rows
-of this rank, C classes.
+P(y | c) is the label transition matrix (Patrini et al., CVPR 2017): how often a picture of class c is given as y. It is
+estimated anew when an epoch begins. FLOOR is added to p̄, PSEUDOCOUNT to Q. λ^S_i moves by as much as
+log[(1 − α)·P_i + α/C] does, α = learn.smoothing; what hypergradients have added to it stays on top. Shapes: n rows of
+this rank, C classes.
 """
 
 from __future__ import annotations
@@ -23,31 +24,30 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-import torch.nn.functional as F
 
 from autodo_dist.method.rmsprop import computed_in
 from autodo_dist.parallel.row_table import RowTable
 
 FLOOR = 1e-4  # of a mean prediction, so that what follows from P(y | c) can overrule a network that is certain
-COUNT = 0.01  # samples that every pair of a given and a true label counts at least
-BLOCK = 1 << 14  # rows that are looked at together
+PSEUDOCOUNT = 0.01  # samples, for every pair of a given and a true label
+BLOCK = 1 << 22  # values that are looked at together
 
 
-def posterior(mean_nC: torch.Tensor, log_given_nC: torch.Tensor) -> torch.Tensor:
+def posterior(mean_nC: torch.Tensor, log_transition_nC: torch.Tensor) -> torch.Tensor:
     """P_i of mean predictions and log P(y_i | ·)."""
-    return torch.softmax((mean_nC + FLOOR).log() + log_given_nC, 1)
+    return torch.softmax((mean_nC + FLOOR).log() + log_transition_nC, 1)
 
 
-def log_given(sum_CC: torch.Tensor) -> torch.Tensor:
+def log_transition(sum_CC: torch.Tensor) -> torch.Tensor:
     """The logarithm of P(y | c), given × true, by the sums Q of mean predictions by given label."""
-    counts_CC = sum_CC + COUNT
+    counts_CC = sum_CC + PSEUDOCOUNT
     return (counts_CC / counts_CC.sum(0)).log()
 
 
 class Ensemble:
     """The mean predictions of this rank's rows of a table, and what they make soft labels start from.
 
-    Soft labels do not follow before the first `renew`; predictions are gathered from the beginning.
+    Soft labels do not follow before the first `renew` that finds predictions; they are gathered from the beginning.
     """
 
     def __init__(
@@ -57,25 +57,25 @@ class Ensemble:
         self.table, self.momentum, self.smoothing = table, momentum, smoothing
         self.given_n = torch.from_numpy(given_n).long().to(table.device)
         self.mean_nC = table.value_nP.new_zeros(len(given_n), classes)  # 0 throughout: not seen yet
-        self.log_given_CC = self.mean_nC.new_zeros(classes, classes, dtype=computed_in(self.mean_nC.dtype))
+        self.log_transition_CC = self.mean_nC.new_zeros(classes, classes, dtype=computed_in(self.mean_nC.dtype))
         self.follows = False
 
     def base(self, rows: torch.Tensor) -> torch.Tensor:
         """log[(1 − α)·P_i + α/C] of rows; P_i is the given label as long as nothing else is known."""
-        given_n, classes = self.given_n[rows], len(self.log_given_CC)
-        share_nC = F.one_hot(given_n, classes).to(self.log_given_CC)
+        given_n, classes = self.given_n[rows], len(self.log_transition_CC)
+        share_nC = self.log_transition_CC.new_zeros(len(rows), classes).scatter_(1, given_n[:, None], 1.0)
         if self.follows:
             mean_nC = self.mean_nC[rows].to(share_nC)
             seen_n1 = mean_nC.sum(1, keepdim=True) > 0
-            share_nC = torch.where(seen_n1, posterior(mean_nC, self.log_given_CC[given_n]), share_nC)
+            share_nC = torch.where(seen_n1, posterior(mean_nC, self.log_transition_CC[given_n]), share_nC)
         return ((1 - self.smoothing) * share_nC + self.smoothing / classes).log()
 
-    def note(self, rows: torch.Tensor, share_nC: torch.Tensor) -> torch.Tensor:
-        """Take in new predictions of rows, no row twice; what their soft logits are to move by."""
+    def note(self, rows: torch.Tensor, share_nC: torch.Tensor, step: int) -> torch.Tensor:
+        """Take in new predictions of rows, no row twice, from task step `step`; what their soft logits move by."""
         before_nC, old_nC = self.base(rows), self.mean_nC[rows].to(share_nC)
         seen_n1 = old_nC.sum(1, keepdim=True) > 0
         mean_nC = torch.where(seen_n1, self.momentum * old_nC + (1 - self.momentum) * share_nC, share_nC)
-        self.mean_nC[rows] = mean_nC.to(self.mean_nC.dtype)
+        self.mean_nC[rows] = self.table.rounded(rows, mean_nC, step, 48)
         return self.base(rows) - before_nC
 
     def renew(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
@@ -83,29 +83,30 @@ class Ensemble:
 
         Every rank must call this, and take all blocks.
         """
-        classes, ranks = len(self.log_given_CC), self.table.ranks
+        classes, ranks = len(self.log_transition_CC), self.table.ranks
         sum_CC = torch.zeros(classes, classes, dtype=torch.float64, device=self.table.device)
-        blocks = torch.arange(len(self.given_n), device=self.table.device).split(BLOCK)
+        blocks = torch.arange(len(self.given_n), device=self.table.device).split(max(1, BLOCK // classes))
         for rows in blocks:
             sum_CC.index_add_(0, self.given_n[rows], self.mean_nC[rows].double())
-        old = self.log_given_CC, self.follows
-        new = log_given(ranks.sum(sum_CC.to(ranks.device))).to(self.log_given_CC), True
+        total_CC = ranks.sum(sum_CC.to(ranks.device))
+        old = self.log_transition_CC, self.follows
+        new = log_transition(total_CC).to(self.log_transition_CC), bool(total_CC.sum() > 0)
         for rows in blocks:
-            self.log_given_CC, self.follows = old
+            self.log_transition_CC, self.follows = old
             before_nC = self.base(rows)
-            self.log_given_CC, self.follows = new
+            self.log_transition_CC, self.follows = new
             yield rows, self.base(rows) - before_nC
-        self.log_given_CC, self.follows = new
+        self.log_transition_CC, self.follows = new
 
     def state(self) -> dict[str, Any]:
         """Everything that a resume needs, the mean predictions sharded over the ranks. Every rank must call this."""
         return {
             "mean": self.table.sharded(self.mean_nC),
-            "log_given": self.log_given_CC,
+            "log_transition": self.log_transition_CC,
             "follows": torch.tensor(self.follows),
         }
 
     def restore(self, state: dict[str, Any]) -> None:
         """Take back what `state` gave, from any number of ranks."""
-        self.mean_nC, self.log_given_CC = state["mean"].to_local(), state["log_given"]
+        self.mean_nC, self.log_transition_CC = state["mean"].to_local(), state["log_transition"]
         self.follows = bool(state["follows"])

@@ -213,11 +213,12 @@ class Hyperparameters:
         if self.layout.augment == "shared" and gates:
             self.shared.apply_grad(torch.cat(gates, 1)[finite_B].sum(0), lr=lr, step=step)
 
-    def note_predictions(self, ids_B: torch.Tensor, share_BC: torch.Tensor, step: int) -> None:
-        """Have soft labels follow the predictions of this rank's batch, made by task step `step`; nothing without
-        ensembling. It may still be going on when this returns.
+    def note_predictions(self, ids_B: torch.Tensor, logits_BC: torch.Tensor, step: int) -> None:
+        """Have soft labels follow the predictions softmax(logits) of this rank's batch, made by task step `step`;
+        nothing without ensembling. It may still be going on when this returns.
         """
         if self.ensemble is not None:
+            share_BC = logits_BC.softmax(1).to(computed_in(self.table.value_nP.dtype))
             self.queue.push(lambda: self._note_predictions(ids_B, share_BC, step))
 
     def _note_predictions(self, ids_B: torch.Tensor, share_BC: torch.Tensor, step: int) -> None:
@@ -226,7 +227,7 @@ class Hyperparameters:
         if self.guests:
             taken_B &= self._have_rows(ids_B)
         rows, share_nC = self.table.deliver(ids_B[taken_B], share_BC[taken_B])
-        self.table.add(rows, self._soft(self.ensemble.note(rows, share_nC)), step)
+        self.table.add(rows, self._soft(self.ensemble.note(rows, share_nC, step)), step)
 
     def follow_predictions(self, step: int) -> None:
         """Have all soft labels follow from here on, by a new estimate of how labels are mistaken, before task step

@@ -115,8 +115,8 @@ class Workload:
         return 2 * self.row_width + self.classes * self.ensembles
 
     @property
-    def confusion_bytes(self) -> int:
-        """Bytes of P(y | c) (ensembling.py), where the rows lie; 0 without mean predictions."""
+    def transition_bytes(self) -> int:
+        """Bytes of the label transition matrix (ensembling.py), where the rows lie; 0 without mean predictions."""
         return self.classes**2 * max(4, self.bytes_per_value) * self.ensembles
 
     @property
@@ -303,7 +303,7 @@ def memory(work: Workload, ranks: int) -> tuple[Memory, ...]:
         Memory("rows: values", rows * work.row_width * work.bytes_per_value, place=place),
         Memory("rows: second moments", rows * work.row_width * work.bytes_per_value, place=place),
         Memory("rows: mean predictions", rows * work.classes * work.ensembles * work.bytes_per_value, place=place),
-        Memory("how labels are mistaken", work.confusion_bytes, place=place),
+        Memory("label transition matrix", work.transition_bytes, place=place),
         Memory("rows: last updates", rows * TOUCHED, place=place),
         Memory("rows of a batch", 8 * local * work.row_width * max(4, work.bytes_per_value)),
         Memory("validation gradient", work.theta_bytes),
@@ -344,7 +344,7 @@ def save_memory(work: Workload, ranks: int) -> list[Memory]:
     staged = whole + sum(work.footprint.buffers) + work.average_bytes
     if work.learns:
         staged += table_bytes(work.train_samples, work.kept_width, ranks, work.bytes_per_value)
-        staged += work.confusion_bytes + work.theta_bytes
+        staged += work.transition_bytes + work.theta_bytes
     return [
         Memory("staging buffer of saves", staged, place="device" if work.on_cpu else "host"),
         Memory("whole copies for a save", whole if work.stage else 0, "save"),
@@ -384,6 +384,7 @@ def check_memory(
     memory: float,
     table_on_host: bool = False,
     weights: float = 0.0,
+    ensembles: bool = False,
 ) -> None:
     """Refuse a table that certainly does not fit into `memory`, the bytes of one rank where the table lies: the GPU's,
     or main memory divided by the ranks of a node. weights: bytes that lie there for certain beside it.
@@ -396,7 +397,8 @@ def check_memory(
     cures = [f"more ranks ({math.ceil(ranks * table / max(memory - weights, 1))} or more)"] if memory > weights else []
     cures += ["hyper.table_dtype=bfloat16"] if bytes_per_value > 2 else []
     cures += [] if table_on_host else ["hyper.table_device=host"]
-    cures += ["learn.soft_label=false"]
+    cures += ["learn.ensembling=0"] if ensembles else []
+    cures += ["learn.soft_label=false" + " learn.ensembling=0" * ensembles]
     raise AutodoError(
         f"row table: {table / GIB:.2f} GiB a rank ({train_samples} samples over {ranks} ranks, {kept_width} values "
         f"of each) and {weights / GIB:.2f} GiB of weights do not fit into {memory / GIB:.2f} GiB; try "
@@ -436,9 +438,11 @@ def cures(work: Workload, cluster: Cluster) -> list[str]:
     if work.row_width:
         groups.append([("hyper.table_dtype=bfloat16", replace(work, bytes_per_value=2), cluster)])
         groups.append([("hyper.table_device=host", replace(work, table_on_host=True), cluster)])
+    if work.ensembles:
+        groups.append([("learn.ensembling=0", replace(work, ensembles=False), cluster)])
     if work.soft_label:
         narrow = replace(work, row_width=work.row_width - work.classes, soft_label=False, ensembles=False)
-        groups.append([("learn.soft_label=false", narrow, cluster)])
+        groups.append([("learn.soft_label=false" + " learn.ensembling=0" * work.ensembles, narrow, cluster)])
     if work.gathers and not work.per_rank:
         spread = replace(work, solver="cg" if work.solver == "fisher" else work.solver, space="parameter")
         groups.append([("hyper.most_gathered=1", spread, cluster)])

@@ -79,7 +79,7 @@ def task_step(parts: Parts, batch: Batch, done: int, ranks: Ranks) -> Trained:
     finish(parts, done)
     found = together(trained)
     if parts.hyper is not None:
-        parts.hyper.parameters.note_predictions(batch.ids_B, found.logits_BC.softmax(1), done)
+        parts.hyper.parameters.note_predictions(batch.ids_B, found.logits_BC, done)
     return found
 
 
@@ -138,7 +138,7 @@ def shared_step(parts: Parts, hyper: Hyper, batch: Batch, done: int, lr: float, 
     finish(parts, done)
     hyper.parameters.apply_grads(batch.ids_B, found.rows(joined(gates)), lr=lr, step=step)
     trained = together([forward.trained for forward in forwards])
-    hyper.parameters.note_predictions(batch.ids_B, trained.logits_BC.softmax(1), done)
+    hyper.parameters.note_predictions(batch.ids_B, trained.logits_BC, done)
     return replace(trained, figures=trained.figures + figures_of(found))
 
 

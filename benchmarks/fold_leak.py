@@ -8,9 +8,10 @@ a leak. Here it is beside what has none, on the same pictures and wrong labels:
     blind    two networks, each blind to the other's half: it trains on train part and its own half throughout, and the
              half that it never sees gives the validation gradient
 
-Both see as many pictures in an epoch. What is compared: the AUROC of wrong labels by the weights, which come from the
-validation gradient alone; the share of learnt labels that are right; the test error; of the two networks the mean. The
-clean pictures that a blind network trains on have rows, which those of a fold have not.
+Both see as many pictures in an epoch. Soft labels do not follow predictions (learn.ensembling=0), so that rows come
+from validation gradients alone. What is compared: the AUROC of wrong labels by the weights; the share of learnt labels
+that are right; the test error; of the two networks the mean. The clean pictures that a blind network trains on have
+rows, which those of a fold have not.
 
 Finished runs are kept below ROOT: called again after a stop, this goes on with the next one.
 """
@@ -30,13 +31,14 @@ from autodo_dist.data.manifest import read_manifest
 from autodo_dist.data.order import Ids
 from autodo_dist.data.split import Recipe, Split, folds, make_split
 from autodo_dist.data.split_file import encode, write_split
+from autodo_dist.errors import AutodoError
 from autodo_dist.label_errors import measures
 from autodo_dist.learnt import open_source, read_columns
 from benchmarks.runs import as_command, run_all, test_error, write_rows
 
 OURS = (
     *("recipe=autodo", "learn.augment=shared", "data.image_size=16", "data.crop_padding=1", "train.channels_last=true"),
-    *("data.imbalance_ratio=1", "data.label_noise=0", "data.threads=1", "checkpoint.keep=1"),
+    *("data.imbalance_ratio=1", "data.label_noise=0", "data.threads=1", "checkpoint.keep=1", "learn.ensembling=0"),
 )
 EPOCHS = ("train.epochs={0}", "train.evaluate_every={0}")
 # Settings of a data set, its epochs, and the imbalance of its cell; 20 % of the labels are redrawn.
@@ -74,6 +76,8 @@ def main(
     root, seeds = (root / "quick", 2) if quick else (root, seeds)
     root.mkdir(parents=True, exist_ok=True)
     sets = {read_manifest(folder).name: folder for folder in data or [Path("data/digits")]}
+    if unknown := sets.keys() - SETS.keys():
+        raise AutodoError(f"--data: no settings for {', '.join(sorted(unknown))}; give of {', '.join(SETS)}")
     splits = {(name, seed): halved(sets[name], name, seed) for name in sets for seed in range(seeds)}
     wanted = {
         (name, seed, kind): words(root, sets[name], name, seed, kind, splits[name, seed][kind], quick)

@@ -1,12 +1,12 @@
 """How well wrong labels are found: AutoDO's score beside confident learning, on the same pictures and wrong labels.
 
-Ours: one run of `recipe: autodo`, which learns weights and soft labels from the clean part and trains on it in folds,
-and `label_errors.scores` of it, without learnt augmentation and with a validation batch in every step. The rival:
-cleanlab's label quality scores on out-of-sample probabilities, from K runs of the same network with the same settings
-and as many epochs, without AutoDO, each predicting the fold that it did not train on. AutoDO has the clean
-validation part, so the rival trains on it, too, in every fold ("clean"); the same without it ("train alone") is told
-for information. Scores are compared by the AUROC of wrong labels, with cleanlab's default method and with the one that
-is best in the cell, chosen by the truth.
+Ours: one run of `recipe: autodo`, but for ensembling, the solver (cg) and the rate (0.02), which learns weights, soft
+labels from the clean part and trains on it in folds, and `label_errors.scores` of it, without learnt augmentation and
+with a validation batch in every step. The rival: cleanlab's label quality scores on out-of-sample probabilities, from K
+runs of the same network with the same settings and as many epochs, without AutoDO, each predicting the fold that it did
+not train on. AutoDO has the clean validation part, so the rival trains on it, too, in every fold ("clean"); the same
+without it ("train alone") is told for information. Scores are compared by the AUROC of wrong labels, with cleanlab's
+default method and with the one that is best in the cell, chosen by the truth.
 
 Results are kept in ROOT/results.jsonl, a line each: called again after a stop, this goes on with the next one.
 """

@@ -76,7 +76,6 @@ def pass_states(tree: dict[str, Any], steps: int) -> dict[str, torch.Tensor]:
         batches = [first(loader, steps) for loader in (parts.loaders.hyper, parts.loaders.task)]
         validations = endless(parts.loaders.hyper_validation, 0)
         before = {name: value.clone() for name, value in parts.model.state_dict().items()}
-        hyper.parameters.follow_predictions(0)
         if hyper.way == "separate":
             parts.model.eval()
             for step, batch in enumerate(batches[0], start=1):
@@ -92,6 +91,7 @@ def pass_states(tree: dict[str, Any], steps: int) -> dict[str, torch.Tensor]:
             else:
                 renew_validation(parts, hyper, next(validations), ranks)
                 figures.append(shared_step(parts, hyper, batch, step, 0.05, step + 1, ranks).figures)
+                hyper.parameters.follow_predictions(step)  # all ranks' predictions count
                 rows.append(all_rows(hyper, ranks))
         return {
             "rows": torch.stack(rows),

@@ -41,7 +41,7 @@ class Written:
                 self.mean[id_] = BETA * self.mean[id_] + (1 - BETA) * share if id_ in self.mean else share
 
     def renew(self) -> None:
-        counts = np.full((3, 3), ensembling.COUNT)
+        counts = np.full((3, 3), ensembling.PSEUDOCOUNT)
         for id_, mean in self.mean.items():
             counts[LABELS[id_]] += mean
         self.given = np.array(
@@ -87,7 +87,7 @@ def test_soft_labels_follow_and_keep_what_they_learnt(dtype: torch.dtype) -> Non
             grads_BP = torch.randn(5, 4, generator=torch.Generator().manual_seed(step)).to(wide)
             for parameters in both:
                 parameters.apply_grads(ids_B, Rows(**LAYOUT.split(grads_BP)), lr=0.1, step=step)
-                parameters.note_predictions(ids_B, torch.from_numpy(shares).to(wide), step)
+                parameters.note_predictions(ids_B, torch.from_numpy(shares).to(wide).log(), step)
             written.note(ids, shares)
         following, plain = (parameters.fetch(torch.arange(10)) for parameters in both)
         facts = both[0].facts()
@@ -112,11 +112,12 @@ def test_until_they_follow_only_predictions_are_gathered() -> None:
     with comm.process_group(comm.place(), CPU) as ranks:
         found = Hyperparameters(LAYOUT, IDS, LABELS, ranks, Rmsprop(), torch.float64, 0, ensembling=BETA)
         before = found.table.value_nP.clone()
-        found.note_predictions(torch.from_numpy(IDS), torch.full((6, 3), 1 / 3, dtype=torch.float64), 0)
+        found.follow_predictions(0)  # of which there are none
+        found.note_predictions(torch.from_numpy(IDS), torch.zeros(6, 3, dtype=torch.float64), 0)
         found.rest()
         assert found.ensemble is not None
         assert torch.equal(found.table.value_nP, before)
-        assert (found.ensemble.mean_nC == 1 / 3).all()
+        torch.testing.assert_close(found.ensemble.mean_nC, torch.full((6, 3), 1 / 3, dtype=torch.float64))
 
 
 def test_a_move_of_bfloat16_rows_is_right_on_average() -> None:
@@ -138,7 +139,8 @@ def test_a_move_of_bfloat16_rows_is_right_on_average() -> None:
     [
         ({"weight": True}, r"learn.ensembling = 0.7: it is soft labels that follow predictions; set learn.soft_label"),
         ({"soft_label": True, "ensembling": 1.0}, r"learn.ensembling.* less than 1"),
-        ({"soft_label": True, "ensembling_from": 1.0}, r"learn.ensembling_from.* less than 1"),
+        ({"soft_label": True, "ensembling_from": 0.0}, r"learn.ensembling_from.* greater than 0"),
+        ({"soft_label": True, "ensembling_from": 0.9}, r"learn.ensembling_from = 0.9: .* not begin .* any of 2 epochs"),
     ],
 )
 def test_what_is_refused(digits: Path, tmp_path: Path, learn: dict[str, Any], message: str) -> None:

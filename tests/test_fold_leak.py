@@ -25,7 +25,7 @@ def test_each_network_is_blind_to_the_half_that_judges_it(digits: Path, tmp_path
     for kind, split in found.items():
         config = load_config(CONFIG, words(tmp_path, digits, "digits", 3, kind, split, quick=True))
         assert config.learn.clean_folds == (2 if kind == "folded" else 0)
-        assert (config.train.seed, config.train.epochs, config.learn.ensembling) == (3, 3, 0.7)
+        assert (config.train.seed, config.train.epochs, config.learn.ensembling) == (3, 3, 0)
         assert config.data.split == tmp_path / f"{config.run.name}.split"
     halves = [load_config(CONFIG, words(tmp_path, digits, "digits", 3, k, found[k], quick=True)) for k in found]
     assert len({config.run.name for config in halves}) == 3

@@ -218,7 +218,7 @@ def test_the_command_speaks(learnt: Path) -> None:
     assert lines[1:3] == [f"id {second}: {key}", f"  given label {given}, weight 1"]
     assert lines[3].startswith(f"  likeliest labels: {given} 0.9100, ")
     assert lines[4] == "  rotate: probability 0.2000, magnitude 0.5000"
-    assert lines[11] == "  never updated"
+    assert lines[11] == "  no hyper step yet"
     assert lines[12].startswith(f"id {first}: ")
 
 

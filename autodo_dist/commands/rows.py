@@ -105,7 +105,7 @@ def text(found: dict[str, Any]) -> str:
         if step := row.get("last_hyper_step"):
             lines.append(f"  last update: hyper step {step}; norm of the second moment {row['second_moment_norm']:.3g}")
         elif step == 0:
-            lines.append("  never updated")
+            lines.append("  no hyper step yet")
     return "\n".join(lines)
 
 

@@ -77,7 +77,7 @@ class RowTable:
         return values_BP.to(self.ranks.device, computed_in(values_BP.dtype))
 
     def last_updates(self, ids_B: torch.Tensor) -> torch.Tensor:
-        """The number of the step that last changed each id's row, 0 for none; otherwise as `fetch`."""
+        """The number of the hyper step that last changed each id's row, 0 for none; otherwise as `fetch`."""
         return self._collect(self.touched_n, self._route(ids_B)).to(self.ranks.device)
 
     def apply_grads(self, ids_B: torch.Tensor, grads_BP: torch.Tensor, *, lr: float, step: int) -> None:
@@ -88,12 +88,18 @@ class RowTable:
         touch(*table, rows, ids, grads, lr=lr, step=step, rule=self.rule)
 
     def add(self, rows: torch.Tensor, by_nP: torch.Tensor, step: int) -> None:
-        """Add to rows of this rank, no row twice, what no gradient says. `step` is for rounding, as in `touch`."""
+        """Add to the values of rows of this rank, no row twice, beside RMSprop: second moment and last update stay."""
         value_nP = self.value_nP.index_select(0, rows).to(by_nP.dtype) + by_nP
-        if self.value_nP.dtype == torch.bfloat16:
-            ids = torch.from_numpy(self.my_ids[rows.cpu().numpy()]).to(self.device)
-            value_nP = to_bfloat16(value_nP, random_words(step, ids, value_nP.shape[1]) >> 32)
-        self.value_nP.index_copy_(0, rows, value_nP)
+        self.value_nP.index_copy_(0, rows, self.rounded(rows, value_nP, step, 32))
+
+    def rounded(self, rows: torch.Tensor, values_nP: torch.Tensor, step: int, shift: int) -> torch.Tensor:
+        """Numbers of rows of this rank in the table's type; to bfloat16 stochastically, by bits of the words of (step,
+        id) from `shift` on, of which RMSprop takes the lowest 32.
+        """
+        if self.value_nP.dtype != torch.bfloat16:
+            return values_nP
+        ids = torch.from_numpy(self.my_ids[rows.cpu().numpy()]).to(self.device)
+        return to_bfloat16(values_nP, random_words(step, ids, values_nP.shape[1]) >> shift)
 
     def deliver(self, ids_B: torch.Tensor, values_BP: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Send what belongs to each id to the rank that has its row: this rank's rows, and what came for them.
