@@ -208,12 +208,12 @@ def build_hyper(
     table_device = torch.device("cpu") if hyper.table_device == "host" else ranks.device
     check_memory(
         train_samples=len(split.train),
-        kept_width=2 * layout.width + (layout.classes if config.learn.ensembling else 0),
+        width=layout.width,
         ranks=ranks.ranks,
         bytes_per_value=table_dtype(config).itemsize,
         memory=memory_of(table_device, config.launch.ranks_per_node),
         table_on_host=hyper.table_device == "host",
-        ensembles=config.learn.ensembling > 0,
+        ensembled=layout.classes if config.learn.ensembling else 0,
     )
     return Hyper(
         parameters=Hyperparameters(

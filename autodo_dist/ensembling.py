@@ -57,56 +57,54 @@ class Ensemble:
         self.table, self.momentum, self.smoothing = table, momentum, smoothing
         self.given_n = torch.from_numpy(given_n).long().to(table.device)
         self.mean_nC = table.value_nP.new_zeros(len(given_n), classes)  # 0 throughout: not seen yet
-        self.log_transition_CC = self.mean_nC.new_zeros(classes, classes, dtype=computed_in(self.mean_nC.dtype))
-        self.follows = False
+        self.log_transition_CC: torch.Tensor | None = None  # soft labels do not follow yet
 
-    def base(self, rows: torch.Tensor) -> torch.Tensor:
-        """log[(1 − α)·P_i + α/C] of rows; P_i is the given label as long as nothing else is known."""
-        given_n, classes = self.given_n[rows], len(self.log_transition_CC)
-        share_nC = self.log_transition_CC.new_zeros(len(rows), classes).scatter_(1, given_n[:, None], 1.0)
-        if self.follows:
-            mean_nC = self.mean_nC[rows].to(share_nC)
+    def base(self, rows: torch.Tensor, log_transition_CC: torch.Tensor | None) -> torch.Tensor:
+        """log[(1 − α)·P_i + α/C] of rows by that matrix; P_i is the given label as long as nothing else is known."""
+        given_n, classes = self.given_n[rows], self.mean_nC.shape[1]
+        mean_nC = self.mean_nC[rows].to(computed_in(self.mean_nC.dtype))
+        share_nC = torch.zeros_like(mean_nC).scatter_(1, given_n[:, None], 1.0)
+        if log_transition_CC is not None:
             seen_n1 = mean_nC.sum(1, keepdim=True) > 0
-            share_nC = torch.where(seen_n1, posterior(mean_nC, self.log_transition_CC[given_n]), share_nC)
+            share_nC = torch.where(seen_n1, posterior(mean_nC, log_transition_CC[given_n]), share_nC)
         return ((1 - self.smoothing) * share_nC + self.smoothing / classes).log()
 
     def note(self, rows: torch.Tensor, share_nC: torch.Tensor, step: int) -> torch.Tensor:
         """Take in new predictions of rows, no row twice, from task step `step`; what their soft logits move by."""
-        before_nC, old_nC = self.base(rows), self.mean_nC[rows].to(share_nC)
+        before_nC, old_nC = self.base(rows, self.log_transition_CC), self.mean_nC[rows].to(share_nC)
         seen_n1 = old_nC.sum(1, keepdim=True) > 0
         mean_nC = torch.where(seen_n1, self.momentum * old_nC + (1 - self.momentum) * share_nC, share_nC)
         self.mean_nC[rows] = self.table.rounded(rows, mean_nC, step, 48)
-        return self.base(rows) - before_nC
+        return self.base(rows, self.log_transition_CC) - before_nC
 
     def renew(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """Estimate P(y | c) anew from the rows of all ranks: rows, in blocks, and what their soft logits move by.
 
         Every rank must call this, and take all blocks.
         """
-        classes, ranks = len(self.log_transition_CC), self.table.ranks
+        classes, ranks = self.mean_nC.shape[1], self.table.ranks
         sum_CC = torch.zeros(classes, classes, dtype=torch.float64, device=self.table.device)
         blocks = torch.arange(len(self.given_n), device=self.table.device).split(max(1, BLOCK // classes))
         for rows in blocks:
             sum_CC.index_add_(0, self.given_n[rows], self.mean_nC[rows].double())
         total_CC = ranks.sum(sum_CC.to(ranks.device))
-        old = self.log_transition_CC, self.follows
-        new = log_transition(total_CC).to(self.log_transition_CC), bool(total_CC.sum() > 0)
+        if not total_CC.any():
+            return
+        before_CC = self.log_transition_CC
+        self.log_transition_CC = log_transition(total_CC).to(self.table.device, computed_in(self.mean_nC.dtype))
         for rows in blocks:
-            self.log_transition_CC, self.follows = old
-            before_nC = self.base(rows)
-            self.log_transition_CC, self.follows = new
-            yield rows, self.base(rows) - before_nC
-        self.log_transition_CC, self.follows = new
+            yield rows, self.base(rows, self.log_transition_CC) - self.base(rows, before_CC)
 
     def state(self) -> dict[str, Any]:
         """Everything that a resume needs, the mean predictions sharded over the ranks. Every rank must call this."""
-        return {
-            "mean": self.table.sharded(self.mean_nC),
-            "log_transition": self.log_transition_CC,
-            "follows": torch.tensor(self.follows),
-        }
+        transition_CC, classes = self.log_transition_CC, self.mean_nC.shape[1]
+        follows = transition_CC is not None
+        if transition_CC is None:
+            transition_CC = self.mean_nC.new_zeros(classes, classes, dtype=computed_in(self.mean_nC.dtype))
+        mean_NC = self.table.sharded(self.mean_nC)
+        return {"mean": mean_NC, "log_transition": transition_CC, "follows": torch.tensor(follows)}
 
     def restore(self, state: dict[str, Any]) -> None:
         """Take back what `state` gave, from any number of ranks."""
-        self.mean_nC, self.log_transition_CC = state["mean"].to_local(), state["log_transition"]
-        self.follows = bool(state["follows"])
+        self.mean_nC = state["mean"].to_local()
+        self.log_transition_CC = state["log_transition"] if state["follows"] else None

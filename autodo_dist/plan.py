@@ -112,7 +112,7 @@ class Workload:
     @property
     def kept_width(self) -> int:
         """Values of a sample that a rank keeps: of its row, second moments of these, its mean prediction."""
-        return 2 * self.row_width + self.classes * self.ensembles
+        return kept_width(self.row_width, self.classes * self.ensembles)
 
     @property
     def transition_bytes(self) -> int:
@@ -370,37 +370,44 @@ def peak(parts: Sequence[Memory], place: Place) -> float:
     return max(sum(part.bytes for part in here if part.needed in ("always", time)) for time in times)
 
 
-def table_bytes(train_samples: int, kept_width: int, ranks: int, bytes_per_value: int) -> int:
+def kept_width(row_width: int, ensembled: int) -> int:
+    """Values kept of a sample: its row and their second moments, and a mean prediction of `ensembled` classes."""
+    return 2 * row_width + ensembled
+
+
+def table_bytes(train_samples: int, kept: int, ranks: int, bytes_per_value: int) -> int:
     """Bytes of the fullest rank's part of the table: so many values for each of ⌈N/R⌉ rows, and the last updates."""
-    return -(-train_samples // ranks) * (kept_width * bytes_per_value + TOUCHED)
+    return -(-train_samples // ranks) * (kept * bytes_per_value + TOUCHED)
 
 
 def check_memory(
     *,
     train_samples: int,
-    kept_width: int,
+    width: int,
     ranks: int,
     bytes_per_value: int,
     memory: float,
     table_on_host: bool = False,
     weights: float = 0.0,
-    ensembles: bool = False,
+    ensembled: int = 0,
 ) -> None:
     """Refuse a table that certainly does not fit into `memory`, the bytes of one rank where the table lies: the GPU's,
-    or main memory divided by the ranks of a node. weights: bytes that lie there for certain beside it.
+    or main memory divided by the ranks of a node. width: P. ensembled: classes of the mean predictions, 0 without them.
+    weights: bytes that lie there for certain beside it.
 
     AutodoError with the setting to change. Cheap, and silent where only estimates say that it will not fit.
     """
-    table = table_bytes(train_samples, kept_width, ranks, bytes_per_value)
+    kept = kept_width(width, ensembled)
+    table = table_bytes(train_samples, kept, ranks, bytes_per_value)
     if table + weights <= memory:
         return
     cures = [f"more ranks ({math.ceil(ranks * table / max(memory - weights, 1))} or more)"] if memory > weights else []
     cures += ["hyper.table_dtype=bfloat16"] if bytes_per_value > 2 else []
     cures += [] if table_on_host else ["hyper.table_device=host"]
-    cures += ["learn.ensembling=0"] if ensembles else []
-    cures += ["learn.soft_label=false" + " learn.ensembling=0" * ensembles]
+    cures += ["learn.ensembling=0"] if ensembled else []
+    cures += ["learn.soft_label=false" + " learn.ensembling=0" * bool(ensembled)]
     raise AutodoError(
-        f"row table: {table / GIB:.2f} GiB a rank ({train_samples} samples over {ranks} ranks, {kept_width} values "
+        f"row table: {table / GIB:.2f} GiB a rank ({train_samples} samples over {ranks} ranks, {kept} values "
         f"of each) and {weights / GIB:.2f} GiB of weights do not fit into {memory / GIB:.2f} GiB; try "
         + ", or ".join(cures)
     )

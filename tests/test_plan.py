@@ -451,7 +451,7 @@ def test_activations_that_do_not_fit_want_a_smaller_batch() -> None:
 
 
 def test_a_table_that_cannot_fit_is_refused() -> None:
-    facts = {"train_samples": 1_281_167, "kept_width": 2030, "ranks": 2, "bytes_per_value": 4}
+    facts = {"train_samples": 1_281_167, "width": 1015, "ranks": 2, "bytes_per_value": 4}
     need = planning.table_bytes(1_281_167, 2030, 2, 4)
     check_memory(**facts, memory=need)
     with pytest.raises(
