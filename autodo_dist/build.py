@@ -228,6 +228,7 @@ def build_hyper(
             table_device,
             guests=bool(config.learn.clean_folds),
             ensembling=config.learn.ensembling,
+            shared_every=hyper.validation_every,
         ),
         solve=build_solve(config, head, ranks.ranks),
         way=hyper.way,

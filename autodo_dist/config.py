@@ -437,7 +437,12 @@ class Hyper(Section):
         description="separate: hyper passes of their own, in eval mode (the paper); shared: the task step's forward "
         "serves both",
     )
-    validation_every: int = Field(1, ge=1, description="hyper steps between renewals of the validation gradient")
+    validation_every: int = Field(
+        1,
+        ge=1,
+        description="hyper steps between renewals of the validation gradient; an augmentation that all samples share "
+        "is learnt at the renewals alone, at the root of as many times the rate",
+    )
     solver: Literal["identity", "neumann", "cg", "fisher"] = Field(
         "neumann",
         description="how the inverse Hessian is applied; cg: conjugate gradients on Gauss-Newton + damping; fisher: "
@@ -525,7 +530,7 @@ RECIPES: dict[str, dict[str, dict[str, Any]]] = {
     "autodo": {
         "train": {"logit_adjustment": 1.0},
         "learn": {"augment": "shared", "weight": True, "soft_label": True, "clean_folds": 5, "ensembling": 0.7},
-        "hyper": {"lr": 0.01, "solver": "identity", "validation_every": 4},
+        "hyper": {"lr": 0.01, "solver": "identity", "validation_every": 8},
     },
     "paper": {
         "learn": {"augment": "per_sample", "weight": True, "soft_label": True},

@@ -2,12 +2,16 @@
 
 A sample's row holds, as far as they are learnt, K gate logits, K magnitude logits, one weight logit and C soft logits.
 Shared gates and magnitudes are one row of 2K values that every rank keeps, its gradient summed over samples and ranks.
+As every batch has its part in that row, it is stepped only where the validation gradient is new, which saves the
+backward for λ^A elsewhere. RMSprop's second moment takes the steps between for gradients of 0, and so is their number
+E times smaller: √E times the rate makes E steps of one, as large as if every step had had that gradient.
 """
 
 from __future__ import annotations
 
 import hashlib
 import logging
+import math
 from concurrent.futures import Future, wait
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -120,9 +124,11 @@ class Hyperparameters:
         *,
         guests: bool = False,
         ensembling: float = 0.0,
+        shared_every: int = 1,
     ) -> None:
         """Start values for the sorted train `ids`; label_N are the given labels by id. The table's type and place are
         by default `dtype`, in which steps compute, and the ranks' device. ensembling: β of ensembling.py, 0 for none.
+        shared_every: E, hyper steps that one step of the shared row stands for.
         """
         table_dtype = dtype if table_dtype is None else table_dtype
         self.layout, self.label_N, self.most_bad_rows, self.guests = layout, label_N, most_bad_rows, guests
@@ -135,13 +141,18 @@ class Hyperparameters:
         gate, magnitude = warp.start_logits()
         operations = len(layout.operations)
         shared = torch.tensor([gate] * operations + [magnitude] * operations, dtype=dtype)
-        self.shared = SharedRow(shared, self.ranks, rule)
+        self.shared, self.shared_every = SharedRow(shared, self.ranks, rule), shared_every
         self.ensemble = None
         if ensembling:
             given_n = label_N[self.table.my_ids]
             self.ensemble = Ensemble(self.table, given_n, layout.classes, ensembling, layout.smoothing)
         self.bad_rows = 0
         self._last_bad: tuple[int, list[int]] = 0, []  # hyper step and ids
+
+    @property
+    def shares(self) -> bool:
+        """Whether all samples share gates and magnitudes."""
+        return self.layout.augment == "shared"
 
     def fetch(self, ids_B: torch.Tensor, next_ids_B: torch.Tensor | None = None) -> Rows:
         """The hyperparameters of this rank's batch. `next_ids_B`: those of the fetch that comes next, which then begins
@@ -155,7 +166,7 @@ class Hyperparameters:
         if values_BP.is_cuda:  # it was allocated on the other stream
             values_BP.record_stream(torch.cuda.current_stream())
         groups = self.layout.split(values_BP)
-        if self.layout.augment == "shared":
+        if self.shares:
             self.queue.drain()  # the one row is in every batch
             groups["gate_logit"], groups["magnitude_logit"] = self.shared.value_P.chunk(2)
         return Rows(**groups)
@@ -210,8 +221,10 @@ class Hyperparameters:
         if self.layout.width:
             stepped_B = finite_B & self._have_rows(ids_B) if self.guests else finite_B
             self.table.apply_grads(ids_B[stepped_B], rows_BP[stepped_B], lr=lr, step=step)
-        if self.layout.augment == "shared" and gates:
-            self.shared.apply_grad(torch.cat(gates, 1)[finite_B].sum(0), lr=lr, step=step)
+        if self.shares and gates:
+            self.shared.apply_grad(
+                torch.cat(gates, 1)[finite_B].sum(0), lr=lr * math.sqrt(self.shared_every), step=step
+            )
 
     def note_predictions(self, ids_B: torch.Tensor, logits_BC: torch.Tensor, step: int) -> None:
         """Have soft labels follow the predictions softmax(logits) of this rank's batch, made by task step `step`;

@@ -505,7 +505,8 @@ def apply_rows(work: Workload, local: float, ranks: int) -> list[Collective]:
     if work.row_width:
         found += travel(work, "row gradients", work.row_width, max(4, work.bytes_per_value), local, ranks)
     if work.shared_width:
-        found.append(Collective("shared row", "all_reduce", work.shared_width * work.bytes_per_number))
+        size, share = work.shared_width * work.bytes_per_number, 1 / work.validation_every
+        found.append(Collective("shared row", "all_reduce", size, share))
     return found
 
 
@@ -613,13 +614,14 @@ def step_seconds(compute: float, traffic: Sequence[Traffic], overlap: bool) -> f
 
 def step_flops(work: Workload, ranks: int, step: Step) -> float:
     """Operations of the fullest rank in a step, those of a renewal spread over the steps that share one."""
-    local = -(-work.batch_size // ranks)
-    total = local * work.footprint.flops[step]
+    local, flops, renewing = -(-work.batch_size // ranks), work.footprint.flops, 1 / work.validation_every
+    learning = renewing if work.shared_width else 1.0  # share of the steps that learn λ^A
+    total = local * (learning * flops[step] + (1 - learning) * flops["validation" if step == "hyper" else "task"])
     if step != "task":
         validation = -(-work.validation_batch // ranks)
-        total += validation * work.footprint.flops["validation"] / work.validation_every + solver_flops(work, ranks)
+        total += renewing * validation * flops["validation"] + solver_flops(work, ranks)
         if work.accumulate > 1 and work.augment and (step == "hyper" or work.solver != "fisher"):
-            total += local * work.footprint.flops["validation"]  # H is the whole batch's: its features come first
+            total += learning * local * flops["validation"]  # H is the whole batch's: its features come first
     return total
 
 

@@ -83,15 +83,18 @@ def task_step(parts: Parts, batch: Batch, done: int, ranks: Ranks) -> Trained:
     return found
 
 
-def hyper_step(parts: Parts, hyper: Hyper, batch: Batch, lr: float, step: int, ranks: Ranks) -> torch.Tensor:
+def hyper_step(
+    parts: Parts, hyper: Hyper, batch: Batch, lr: float, step: int, ranks: Ranks, *, renewed: bool = True
+) -> torch.Tensor:
     """Step number `step` (from 1) of RMSprop on the rows of `batch`, by the hypergradient of `hyper.valid_grad_CD`.
 
     The paper's way: a forward of its own through the frozen encoder. The model must be in eval mode; it stays as it is.
+    renewed: whether the validation gradient is new, without which λ^A that all samples share is left as it is.
     H is the whole batch's. So λ^A takes a second forward where that is in pieces, to hold the activations of one at a
     time. Gives FIGURES. Every rank must call this.
     """
     rows = hyper.parameters.fetch(batch.ids_B, batch.next_ids_B)
-    cut = pieces(parts.accumulate, parts.dtype, batch, rows, learnt=True)
+    cut = pieces(parts.accumulate, parts.dtype, batch, rows, learnt=renewed or not hyper.parameters.shares)
     with torch.set_grad_enabled(len(cut) == 1 and bool(cut[0].leaves)):
         features = [parts.engine.encode(piece.augmented(parts.pictures)) for piece in cut]
     found = at_head(parts, hyper, features, batch, rows, ranks)
@@ -105,15 +108,17 @@ def hyper_step(parts: Parts, hyper: Hyper, batch: Batch, lr: float, step: int, r
     return figures_of(found)
 
 
-def shared_step(parts: Parts, hyper: Hyper, batch: Batch, done: int, lr: float, step: int, ranks: Ranks) -> Trained:
-    """A task step and a hyper step from one forward, both from the state before the step.
+def shared_step(
+    parts: Parts, hyper: Hyper, batch: Batch, done: int, lr: float, step: int, ranks: Ranks, *, renewed: bool = True
+) -> Trained:
+    """A task step and a hyper step from one forward, both from the state before the step; `renewed` as in hyper_step.
 
     λ^A takes a backward through the activations more, or nothing in the Fisher form: its gradients are those of the
     task step's own backward, times a factor per sample. That is exact where a picture's loss depends on that picture
     alone; with BatchNorm's batch statistics it is an approximation. Every rank must call this.
     """
     rows = hyper.parameters.fetch(batch.ids_B, batch.next_ids_B)
-    cut = pieces(parts.accumulate, parts.dtype, batch, rows, learnt=True)
+    cut = pieces(parts.accumulate, parts.dtype, batch, rows, learnt=renewed or not hyper.parameters.shares)
     weight_B = weights_of(parts, batch, rows, ranks)
     exact = bool(cut[0].leaves) and hyper.solve.solver != "fisher"
     found = None

@@ -262,7 +262,8 @@ def hyper_pass(run: Run) -> None:
                 renew_validation(parts, hyper, validation, run.ranks)
             progress.hyper_steps += 1
             lr = hyper.lr(run.steps_done)
-            run.sums += hyper_step(parts, hyper, batch, lr, progress.hyper_steps, run.ranks)
+            step, renewed = progress.hyper_steps, validation is not None
+            run.sums += hyper_step(parts, hyper, batch, lr, step, run.ranks, renewed=renewed)
         after_step(run, interval, parts.loaders.hyper.steps)
 
 
@@ -278,8 +279,9 @@ def shared_pass(run: Run) -> None:
                 renew_validation(parts, hyper, validation, run.ranks)
             progress.hyper_steps += 1
             if batch is not None:
-                done, step = run.steps_done, progress.hyper_steps
-                run.note(batch, shared_step(parts, hyper, batch, done, hyper.lr(done), step, run.ranks))
+                done, step, renewed = run.steps_done, progress.hyper_steps, validation is not None
+                lr = hyper.lr(done)
+                run.note(batch, shared_step(parts, hyper, batch, done, lr, step, run.ranks, renewed=renewed))
         after_step(run, interval, parts.loaders.task.steps, made=batch is not None)
 
 

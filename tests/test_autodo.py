@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import itertools
 import json
+import math
 import shutil
 from collections.abc import Iterator
 from dataclasses import replace
@@ -30,11 +31,13 @@ from autodo_dist.build import Hyper, build
 from autodo_dist.data.loader import Batch, Loader, endless
 from autodo_dist.data.manifest import read_manifest
 from autodo_dist.errors import AutodoError
+from autodo_dist.hyperparameters import SharedRow
 from autodo_dist.load_config import check_config
 from autodo_dist.method.hypergrad import Rows
 from autodo_dist.method.solvers import Solver
 from autodo_dist.parallel import comm
 from autodo_dist.steps import hyper_step, renew_validation, shared_step, task_step
+from autodo_dist.train import train
 
 # Conjugate gradients amplify rounding until they have converged: ranks agree on the solution, not on the way to it.
 CONVERGED = {"hyper__solver": "cg", "hyper__damping": 0.1, "hyper__cg_iterations": 500, "hyper__cg_tolerance": 1e-14}
@@ -354,6 +357,36 @@ def test_a_shared_row_skips_bad_samples_and_counts_them(digits: Path, tmp_path: 
         parameters.bad_rows = 0
         parameters.restore(state)
         assert parameters.bad_rows == 1
+
+
+def shared_steps(tree: dict[str, Any]) -> list[tuple[int, float]]:
+    """Hyper step and rate of each step of the shared row in a run."""
+    config, found, plain = check_config(tree, "test"), [], SharedRow.apply_grad
+
+    def noted(row: SharedRow, grad_P: torch.Tensor, *, lr: float, step: int) -> None:
+        assert (grad_P != 0).any()
+        found.append((step, lr))
+        plain(row, grad_P, lr=lr, step=step)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(SharedRow, "apply_grad", noted)
+        assert train(config)
+    return found
+
+
+@pytest.mark.parametrize("way", ["separate", "shared"])
+@pytest.mark.parametrize("solver", ["identity", "fisher"])
+def test_a_shared_augmentation_is_learnt_at_renewals_alone(digits: Path, tmp_path: Path, way: str, solver: str) -> None:
+    """Every third step from the first of each pass of six, at √3 times the rate of that step."""
+    steps = []
+    for every in (1, 3):
+        changes = {"hyper__way": way, "hyper__solver": solver, "hyper__validation_every": every}
+        steps.append(shared_steps(learning(digits, tmp_path / str(every), learn__augment="shared", **changes)))
+    always, rarely = (dict(found) for found in steps)
+    assert len(always) % 6 == 0
+    assert list(rarely) == [step for step in always if step % 3 == 1]
+    for step, lr in rarely.items():
+        assert lr == pytest.approx(math.sqrt(3) * always[step])
 
 
 def test_fork_starts_from_a_plain_run(digits: Path, tmp_path: Path) -> None:

@@ -562,9 +562,9 @@ def check_against_runs_made_here(
     def counted(name: str) -> None:
         step = getattr(trainer, name)
 
-        def call(*args: Any) -> Any:
+        def call(*args: Any, **words: Any) -> Any:
             with FlopCounterMode(display=False) as counter:
-                came = step(*args)
+                came = step(*args, **words)
             counts.append((name, float(counter.get_total_flops())))
             return came
 

@@ -13,16 +13,20 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from autodo_dist import plan as planning
 from autodo_dist import train as trainer
 from autodo_dist.build import build_classifier
+from autodo_dist.commands.plan import Sizes, workload
 from autodo_dist.config import Config
 from autodo_dist.experiment import flops
 from autodo_dist.experiment.measure import measure
 from autodo_dist.experiment.plan import Trial
 from autodo_dist.load_config import check_config
+from autodo_dist.plan import Cluster
 from autodo_dist.run import Run
 
 PLAIN: dict[str, Any] = {}
+SHARED = {"augment": "shared", "weight": True, "soft_label": True}
 AUTODO = {"augment": "per_sample", "weight": True, "soft_label": True}
 
 
@@ -65,10 +69,21 @@ def of_a_real_run(config: Config, monkeypatch: pytest.MonkeyPatch) -> float:
         (AUTODO, {}),
         (AUTODO, {"validation_every": 4}),
         (AUTODO, {"way": "separate", "validation_every": 4}),
+        (SHARED, {"validation_every": 4}),
+        (SHARED, {"way": "separate", "validation_every": 4}),
         (AUTODO, {"solver": "fisher"}),
         ({"weight": True, "clean_folds": 5}, {}),
     ],
-    ids=["plain", "shared", "shared, rare renewals", "separate", "fisher", "clean folds"],
+    ids=[
+        "plain",
+        "shared",
+        "shared, rare renewals",
+        "separate",
+        "one augmentation, rare renewals",
+        "one augmentation, separate",
+        "fisher",
+        "clean folds",
+    ],
 )
 def test_the_count_is_that_of_a_real_run(
     digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, learn: dict[str, Any], hyper: dict[str, Any]
@@ -86,6 +101,17 @@ def test_conjugate_gradients_may_stop_elsewhere_than_at_the_first_step(
     """Their products at the last layer are few beside the network's."""
     config = settings(digits, tmp_path, {"weight": True, "soft_label": True}, solver="cg")
     assert flops.trainer_flops(config, 0, 3) == pytest.approx(of_a_real_run(config, monkeypatch), rel=0.01)
+
+
+@pytest.mark.parametrize("way", ["shared", "separate"])
+def test_the_plan_counts_what_rare_renewals_save(digits: Path, tmp_path: Path, way: str) -> None:
+    """Of six steps two renew the validation gradient, and learn the augmentation that all share."""
+    config = settings(digits, tmp_path, SHARED, way=way, validation_every=3, solver="identity")
+    cluster = Cluster(1, 1, 1e9, 1e9, link=1e9, local_link=1e9, flops=1e9)
+    work = workload(config, Sizes(600, 600, 10), cluster)
+    steps: tuple[planning.Step, ...] = ("shared",) if way == "shared" else ("hyper", "task")
+    planned = 6 * sum(planning.step_flops(work, 1, step) for step in steps)
+    assert flops.trainer_flops(config, 1, 2) == pytest.approx(planned, rel=0.01)
 
 
 def test_a_plain_step_is_what_the_layers_formulas_say(digits: Path, tmp_path: Path) -> None:

@@ -63,12 +63,12 @@ def recorded(tree: dict[str, Any], ids: list[int], done: int = 0) -> list[dict[s
         return parts
 
     def noting(step: Any, kind: str) -> Any:
-        def call(*args: Any) -> Any:
+        def call(*args: Any, **words: Any) -> Any:
             nonlocal count
             count += 1
             batch = next(arg for arg in args if isinstance(arg, Batch))
             going.clear()
-            answer = step(*args)
+            answer = step(*args, **words)
             seen = torch.cat(going)  # a hyper step may take pieces through the encoder twice
             for place, id_ in enumerate(batch.ids_B.tolist()):
                 if id_ in ids:

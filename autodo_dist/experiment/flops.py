@@ -111,18 +111,20 @@ def _count(parts: Parts, ranks: Ranks) -> Epoch:
     with contextlib.closing(parts.loaders.hyper_validation.batches(0)) as batches:
         clean = next(batches)
     renew = operations(lambda: renew_validation(parts, hyper, clean, ranks))
+    step: Callable[..., object]
     if hyper.way == "shared":
-        step = operations(lambda: shared_step(parts, hyper, batch, 0, hyper.lr(1), 1, ranks))
-        return Epoch(before, task.steps * step + renewals(task.steps, hyper) * renew)
-    steps = parts.loaders.hyper.steps
+        step = functools.partial(shared_step, parts, hyper, batch, 0, hyper.lr(1), 1, ranks)
+        return Epoch(before, hyper_steps(task.steps, hyper, renew, step))
     parts.model.eval()
-    step = operations(lambda: hyper_step(parts, hyper, batch, hyper.lr(1), 1, ranks))
-    return Epoch(before, before + steps * step + renewals(steps, hyper) * renew)
+    step = functools.partial(hyper_step, parts, hyper, batch, hyper.lr(1), 1, ranks)
+    return Epoch(before, before + hyper_steps(parts.loaders.hyper.steps, hyper, renew, step))
 
 
-def renewals(steps: int, hyper: Hyper) -> int:
-    """How often a pass of so many steps renews the validation gradient."""
-    return -(-steps // hyper.validation_every)
+def hyper_steps(steps: int, hyper: Hyper, renew: float, step: Callable[..., object]) -> float:
+    """Operations of a pass of so many steps, some of which renew the validation gradient."""
+    renewals = -(-steps // hyper.validation_every)
+    new, old = (operations(functools.partial(step, renewed=renewed)) for renewed in (True, False))
+    return renewals * (renew + new) + (steps - renewals) * old
 
 
 def operations(step: Callable[[], object]) -> float:
