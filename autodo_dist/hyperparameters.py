@@ -141,6 +141,7 @@ class Hyperparameters:
         gate, magnitude = warp.start_logits()
         operations = len(layout.operations)
         shared = torch.tensor([gate] * operations + [magnitude] * operations, dtype=dtype)
+        self._shared_moves = False  # a step of the shared row may be under way
         self.shared, self.shared_every = SharedRow(shared, self.ranks, rule), shared_every
         self.ensemble = None
         if ensembling:
@@ -167,7 +168,9 @@ class Hyperparameters:
             values_BP.record_stream(torch.cuda.current_stream())
         groups = self.layout.split(values_BP)
         if self.shares:
-            self.queue.drain()  # the one row is in every batch
+            if self._shared_moves:
+                self.queue.drain()  # the one row is in every batch
+                self._shared_moves = False
             groups["gate_logit"], groups["magnitude_logit"] = self.shared.value_P.chunk(2)
         return Rows(**groups)
 
@@ -209,6 +212,7 @@ class Hyperparameters:
 
         A row whose gradient is not finite is left as it is, named in the log and counted; see `rest`.
         """
+        self._shared_moves |= grads.gate_logit is not None
         self.queue.push(lambda: self._apply_grads(ids_B, grads, lr, step))
 
     def _apply_grads(self, ids_B: torch.Tensor, grads: Rows, lr: float, step: int) -> None:

@@ -512,7 +512,7 @@ def apply_rows(work: Workload, local: float, ranks: int) -> list[Collective]:
 
 def travel(work: Workload, part: str, width: int, bytes_per_value: int, local: float, ranks: int) -> list[Collective]:
     """One way of so many values for each sample of a batch: lengths, ids, values. They go on a thread beside the step
-    (parallel/row_queue.py), for which a row shared by all samples has to wait.
+    (parallel/row_queue.py), for which a row shared by all samples has to wait after it was stepped: here, always.
     """
     behind: Literal["", "step"] = "" if work.shared_width else "step"
     return [

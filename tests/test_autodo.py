@@ -505,7 +505,8 @@ def test_compat_sets_what_changes_numbers(digits: Path, tmp_path: Path) -> None:
 
 
 def two_passes(tree: dict[str, Any], overlapping: bool) -> tuple[torch.Tensor, int]:
-    """All rows after two passes of hyper steps, each batch's rows fetched one step before, or when they are needed.
+    """All rows, and that which is shared, after two passes of hyper steps, each batch's rows fetched one step before,
+    or when they are needed.
 
     Also how many ids the last batch of the first pass shares with the first of the second.
     """
@@ -519,17 +520,20 @@ def two_passes(tree: dict[str, Any], overlapping: bool) -> tuple[torch.Tensor, i
         batches = [list(parts.loaders.hyper.batches(epoch)) for epoch in range(2)]
         for step, batch in enumerate(itertools.chain(*batches), start=1):
             taken = batch if overlapping else replace(batch, next_ids_B=None)
-            hyper_step(parts, hyper, taken, 0.05, step, ranks)
+            renewed = (step - 1) % hyper.validation_every == 0
+            hyper_step(parts, hyper, taken, 0.05, step, ranks, renewed=renewed)
         ends = [set().union(*ranks.gather(batch.ids_B.tolist())) for batch in (batches[0][-1], batches[1][0])]
-        return all_rows(hyper, ranks), len(ends[0] & ends[1])
+        return torch.cat([all_rows(hyper, ranks).flatten(), hyper.parameters.shared.value_P]), len(ends[0] & ends[1])
 
 
 @pytest.mark.parametrize("ranks", [1, 3])
+@pytest.mark.parametrize("changes", [{}, {"learn__augment": "shared", "hyper__validation_every": 3}])
 def test_rows_fetched_ahead_are_those_of_the_plain_order(
-    pool: RankPool, digits: Path, tmp_path: Path, ranks: int
+    pool: RankPool, digits: Path, tmp_path: Path, changes: dict[str, Any], ranks: int
 ) -> None:
     """Bit for bit, an id that is in two batches in a row (the end of a pass and the start of the next) included."""
-    plain, ahead = (pool.run(ranks, two_passes, learning(digits, tmp_path), how)[0] for how in (False, True))
+    tree = learning(digits, tmp_path, **changes)
+    plain, ahead = (pool.run(ranks, two_passes, tree, how)[0] for how in (False, True))
     assert torch.equal(plain[0], ahead[0])
     assert plain[1] > 0
 
