@@ -71,7 +71,8 @@ def test_settings_are_the_papers(path: Path) -> None:
         return
     if config.recipe == "autodo":
         assert path.stem in ("imagenet_r18", "imagenet_r50_deepspeed")
-        assert hyper.start_epoch == optim.warmup_epochs
+        assert (learn.augment, learn.weight, learn.soft_label, learn.loss) == ("shared", True, True, "symmetric_kl")
+        assert (hyper.start_epoch, hyper.lr, hyper.solver, hyper.way) == (5, hyper_lr, "identity", "shared")
         return
     assert (learn.augment, learn.weight, learn.soft_label, learn.loss) == ("per_sample", True, True, "symmetric_kl")
     assert (hyper.start_epoch, hyper.lr, hyper.solver, hyper.terms) == (start_epoch, hyper_lr, "neumann", 5)
@@ -80,10 +81,11 @@ def test_settings_are_the_papers(path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["imagenet_r18", "cifar10", "cifar100", "svhn"])
 def test_a_baseline_differs_in_what_is_learnt_alone(name: str) -> None:
-    folder, learnt = CONFIGS[0].parent, f"{name}_paper" if name.startswith("imagenet") else f"{name}_autodo"
+    folder = CONFIGS[0].parent
+    learnt, says = (f"{name}_paper", "recipe") if name.startswith("imagenet") else (f"{name}_autodo", "learn")
     plain = yaml.safe_load((folder / f"{name}_baseline.yaml").read_text())
     autodo = yaml.safe_load((folder / f"{learnt}.yaml").read_text())
-    assert autodo.keys() - plain.keys() in ({"learn", "hyper"}, {"recipe", "hyper"})
+    assert autodo.keys() - plain.keys() == {says, "hyper"}
     assert {part: autodo[part] for part in plain} == plain
 
 
