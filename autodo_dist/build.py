@@ -123,6 +123,10 @@ def build(config: Config, manifest: Manifest, ranks: Ranks) -> Parts:
     engine = build_engine(config, model, ranks)  # a copy of the model is to be made before
     if config.train.compile:
         compile_encoder(model.encoder)
+    hyper = None
+    if config.learn.anything:
+        learnt = loaders.task if config.hyper.way == "shared" else loaders.hyper
+        hyper = build_hyper(config, manifest, split, model.head, schedule, learnt.steps, ranks)
     parts = Parts(
         manifest=manifest,
         model=model,
@@ -140,7 +144,7 @@ def build(config: Config, manifest: Manifest, ranks: Ranks) -> Parts:
             adjustment_C=model.head.weight.new_zeros(len(manifest.classes)) if config.train.logit_adjustment else None,
         ),
         pictures=build_pictures(config),
-        hyper=build_hyper(config, manifest, split, model.head, schedule, ranks) if config.learn.anything else None,
+        hyper=hyper,
         average=average,
     )
     keep_shards(config, loaders.task.shards, ranks)  # last: it may take long, and what is wrong is said before
@@ -200,10 +204,12 @@ def build_hyper(
     split: Split,
     head: torch.nn.Linear,
     schedule: Callable[..., float],
+    steps: int,
     ranks: Ranks,
 ) -> Hyper:
-    """The tables of the train part's ids and the settings of a hyper step."""
+    """The tables of the train part's ids and the settings of a hyper step. steps: of a pass that learns."""
     hyper, dtype = config.hyper, DTYPES[config.train.precision]
+    renewals = -(-steps // hyper.validation_every)  # each pass begins with one
     layout = build_layout(config, len(manifest.classes))
     table_device = torch.device("cpu") if hyper.table_device == "host" else ranks.device
     check_memory(
@@ -228,7 +234,7 @@ def build_hyper(
             table_device,
             guests=bool(config.learn.clean_folds),
             ensembling=config.learn.ensembling,
-            shared_every=hyper.validation_every,
+            shared_every=steps / renewals,
         ),
         solve=build_solve(config, head, ranks.ranks),
         way=hyper.way,

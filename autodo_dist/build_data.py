@@ -35,6 +35,7 @@ from autodo_dist.parallel.comm import Ranks
 
 log = logging.getLogger(__name__)
 DEFAULT_CACHE_GB = 10.0  # in the default folder: home folders are small
+MORE_CLEAN = "raise data.validation_fraction (or that of the file data.split), or pack a validation part"
 
 
 @dataclass(frozen=True)
@@ -111,7 +112,7 @@ def clean_folds(config: Config, manifest: Manifest, split: Split) -> tuple[Ids, 
     if counts.min() < count:
         raise AutodoError(
             f"learn.clean_folds = {count}: class {classes[counts.argmin()]} has {counts.min()} clean pictures, not one "
-            "for each fold; lower it, or raise data.validation_fraction"
+            f"for each fold; lower it, or {MORE_CLEAN}"
         )
     return folds(split.validation, label_N, len(classes), count, config.train.seed)
 
@@ -119,14 +120,15 @@ def clean_folds(config: Config, manifest: Manifest, split: Split) -> tuple[Ids, 
 def check_split(config: Config, manifest: Manifest, split: Split) -> None:
     """Refuse a split that leaves a class without train pictures or, where something is learnt, without clean ones."""
     if missing := lacking(manifest, split.train):
+        if config.data.train_on == "clean":
+            raise AutodoError(f"data.train_on = clean: no clean picture of class {missing}; {MORE_CLEAN}")
         what = f"data.validation_fraction = {config.data.validation_fraction}"
         if config.data.split is not None:
             what = f"data.split = {config.data.split}"
         raise AutodoError(f"{what}: leaves class {missing} without a train picture; lower it, or leave out the class")
     if config.learn.anything and (missing := lacking(manifest, split.validation)):
         raise AutodoError(
-            f"validation part: no picture of class {missing}; learning needs clean ones of every class: "
-            "raise data.validation_fraction (or that of the file data.split), or pack a validation part"
+            f"validation part: no picture of class {missing}; learning needs clean ones of every class: {MORE_CLEAN}"
         )
 
 

@@ -8,6 +8,7 @@ that it uses.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -49,6 +50,7 @@ FREE_AT_RESUME = (
     "history",
     "launch",
     "hyper.most_bad_rows",
+    "hyper.table_device",
 )
 
 # A fork may differ from the run that it starts from in these as well.
@@ -530,7 +532,7 @@ RECIPES: dict[str, dict[str, dict[str, Any]]] = {
     "autodo": {
         "train": {"logit_adjustment": 1.0},
         "learn": {"augment": "shared", "weight": True, "soft_label": True, "clean_folds": 5, "ensembling": 0.7},
-        "hyper": {"lr": 0.01, "solver": "identity", "validation_every": 8},
+        "hyper": {"start_epoch": 5, "lr": 0.01, "solver": "identity", "validation_every": 8},
     },
     "paper": {
         "learn": {"augment": "per_sample", "weight": True, "soft_label": True},
@@ -593,6 +595,11 @@ class Config(Section):
         per_rank = self.launch.nodes * self.launch.ranks_per_node if self.hyper.curvature == "per_rank" else 1
         large = -(-self.train.batch_size // per_rank) > self.hyper.most_gathered
         return "cg" if self.hyper.solver == "fisher" and large else self.hyper.solver
+
+    @property
+    def ensembling_epoch(self) -> int:
+        """The first epoch, from 0, in which soft labels follow predictions, where they do."""
+        return math.ceil(round(self.learn.ensembling_from * self.train.epochs, 9))  # 0.07 · 100 is a little above 7
 
     @property
     def lr(self) -> float:

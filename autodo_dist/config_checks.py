@@ -8,7 +8,24 @@ from autodo_dist.errors import AutodoError
 
 def check_consistent(config: Config) -> None:
     """AutodoError for settings that contradict each other, whatever the data."""
-    learn, hyper, epochs, warmup = config.learn, config.hyper, config.train.epochs, config.optim.warmup_epochs
+    if config.optim.warmup_epochs >= config.train.epochs:
+        raise AutodoError(
+            f"optim.warmup_epochs = {config.optim.warmup_epochs:g}: not below train.epochs = {config.train.epochs}; "
+            "lower it"
+        )
+    check_data(config)
+    check_engine(config)
+    check_optimizer(config)
+    check_clean(config)
+    check_groups(config)
+    if config.learn.anything:
+        check_learning(config)
+    elif config.history.ids:
+        raise AutodoError("history.ids: nothing is learnt of any sample, so there are no rows to keep; leave it out")
+
+
+def check_data(config: Config) -> None:
+    """AutodoError for settings of pictures that nothing reads, or that exclude each other."""
     data = config.data
     for name, needs in (
         ("erase_area", data.erase != "none"),
@@ -21,13 +38,19 @@ def check_consistent(config: Config) -> None:
             raise AutodoError(
                 f"data.{name} = {getattr(data, name)}: changes nothing here (see `autodo settings`); leave it out"
             )
-    check_engine(config)
     if data.decoder == "pil" and data.device == "gpu":
         raise AutodoError("data.device = gpu: PIL decodes on the CPU; set data.decoder to auto, or data.device=auto")
-    if config.data.stage_to and config.data.cache:
+    if data.stage_to and data.cache:
         raise AutodoError("data.stage_to and data.cache: set one; both keep shards, one first, the other meanwhile")
-    if warmup >= epochs:
-        raise AutodoError(f"optim.warmup_epochs = {warmup:g}: not below train.epochs = {epochs}; lower it")
+    if (data.policy == "custom") != bool(data.sub_policies):
+        raise AutodoError(
+            f"data.policy = {data.policy}: custom and data.sub_policies belong together; set both or neither"
+        )
+
+
+def check_groups(config: Config) -> None:
+    """AutodoError for a part of a group of hyperparameters that is not learnt, or does not go with other settings."""
+    learn = config.learn
     if learn.color and learn.augment == "none":
         raise AutodoError(
             "learn.color = true: a part of learnt augmentation; set learn.augment to shared or per_sample"
@@ -48,19 +71,12 @@ def check_consistent(config: Config) -> None:
         )
     if learn.normalize_weights and not learn.weight:
         raise AutodoError("learn.normalize_weights = true: there are no weights; set learn.weight=true too")
-    if (config.data.policy == "custom") != bool(config.data.sub_policies):
-        raise AutodoError(
-            f"data.policy = {config.data.policy}: custom and data.sub_policies belong together; set both or neither"
-        )
-    check_optimizer(config)
-    check_clean(config)
-    if not learn.anything:
-        if config.history.ids:
-            raise AutodoError(
-                "history.ids: nothing is learnt of any sample, so there are no rows to keep; leave it out"
-            )
-        return
-    if learn.ensembling and learn.ensembling_from * epochs > epochs - 1:
+
+
+def check_learning(config: Config) -> None:
+    """AutodoError for a run that learns what it could never begin to, or by an inverse that there is not."""
+    learn, hyper, epochs = config.learn, config.hyper, config.train.epochs
+    if learn.ensembling and config.ensembling_epoch >= epochs:
         raise AutodoError(
             f"learn.ensembling_from = {learn.ensembling_from:g}: soft labels would not begin to move in any of "
             f"{epochs} epochs; lower it, or set learn.ensembling=0"
@@ -82,8 +98,8 @@ def check_clean(config: Config) -> None:
     learn, train_on = config.learn, config.data.train_on
     if train_on != "train" and learn.anything:
         raise AutodoError(
-            f"data.train_on = {train_on}: rows are learnt from clean pictures that are not trained on at the time; set "
-            "learn.clean_folds=5 in its place"
+            f"data.train_on = {train_on}: rows are learnt from clean pictures that are not trained on at the time; "
+            "leave it out, and set learn.clean_folds (5 in recipe: autodo) to train on the clean part in turn"
         )
     if learn.clean_folds and not learn.anything:
         raise AutodoError(f"learn.clean_folds = {learn.clean_folds}: nothing is learnt; set data.train_on=all instead")

@@ -3,8 +3,9 @@
 A sample's row holds, as far as they are learnt, K gate logits, K magnitude logits, one weight logit and C soft logits.
 Shared gates and magnitudes are one row of 2K values that every rank keeps, its gradient summed over samples and ranks.
 As every batch has its part in that row, it is stepped only where the validation gradient is new, which saves the
-backward for λ^A elsewhere. RMSprop's second moment takes the steps between for gradients of 0, and so is their number
-E times smaller: √E times the rate makes E steps of one, as large as if every step had had that gradient.
+backward for λ^A elsewhere. RMSprop's second moment takes the steps between for gradients of 0. Where one step in E is
+made it is the E-th part of the mean square, the step √E times as long, and √E times the rate makes it as long as E
+steps, as if every one had had that gradient.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import math
+from collections.abc import Iterator
 from concurrent.futures import Future, wait
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -21,7 +23,7 @@ import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 
-from autodo_dist.ensembling import Ensemble
+from autodo_dist.ensembling import BLOCK, Ensemble
 from autodo_dist.errors import AutodoError
 from autodo_dist.method import losses, warp
 from autodo_dist.method.hypergrad import Rows
@@ -67,10 +69,10 @@ class Layout:
         parts = zip(self.widths, values_BP.split(list(self.widths.values()), dim=1), strict=True)
         return {name: part.squeeze(1) if name == "weight_logit" else part for name, part in parts if self.widths[name]}
 
-    def join(self, grads: Rows, samples: int) -> torch.Tensor:
-        """Gradients of the groups as rows (B × P)."""
-        parts = [getattr(grads, name).reshape(samples, width) for name, width in self.widths.items() if width]
-        return torch.cat(parts, 1) if parts else torch.empty(samples, 0)
+    def join(self, grads: Rows, ids_B: torch.Tensor) -> torch.Tensor:
+        """Gradients of the groups as rows (B × P), for the samples with these ids."""
+        parts = [getattr(grads, name).reshape(len(ids_B), width) for name, width in self.widths.items() if width]
+        return torch.cat(parts, 1) if parts else torch.empty(len(ids_B), 0, device=ids_B.device)
 
     def start(self, labels_n: npt.NDArray[np.int32], dtype: torch.dtype) -> torch.Tensor:
         """Start values (n × P) of samples with these given labels: each column filled, then one entry a sample."""
@@ -83,9 +85,6 @@ class Layout:
             values[:, -self.classes :] = -soft
             values[torch.arange(len(labels_n)), self.width - self.classes + torch.from_numpy(labels_n).long()] = soft
         return values
-
-
-BLOCK = 1 << 14  # rows that are looked at together
 
 
 def class_mass(groups: dict[str, torch.Tensor], labels_n: torch.Tensor, classes: int) -> torch.Tensor:
@@ -124,11 +123,11 @@ class Hyperparameters:
         *,
         guests: bool = False,
         ensembling: float = 0.0,
-        shared_every: int = 1,
+        shared_every: float = 1.0,
     ) -> None:
         """Start values for the sorted train `ids`; label_N are the given labels by id. The table's type and place are
         by default `dtype`, in which steps compute, and the ranks' device. ensembling: β of ensembling.py, 0 for none.
-        shared_every: E, hyper steps that one step of the shared row stands for.
+        shared_every: E, hyper steps for each step of the shared row.
         """
         table_dtype = dtype if table_dtype is None else table_dtype
         self.layout, self.label_N, self.most_bad_rows, self.guests = layout, label_N, most_bad_rows, guests
@@ -216,7 +215,7 @@ class Hyperparameters:
         self.queue.push(lambda: self._apply_grads(ids_B, grads, lr, step))
 
     def _apply_grads(self, ids_B: torch.Tensor, grads: Rows, lr: float, step: int) -> None:
-        rows_BP = self.layout.join(grads, len(ids_B))
+        rows_BP = self.layout.join(grads, ids_B)
         finite_B = rows_BP.isfinite().all(1)
         gates = [part for part in (grads.gate_logit, grads.magnitude_logit) if part is not None]
         for part in gates:  # shared ones have no columns in a row
@@ -284,17 +283,16 @@ class Hyperparameters:
         self.rest()
         mass_C = torch.zeros(classes, dtype=torch.float64)
         label_n = torch.from_numpy(self.label_N[self.table.my_ids]).to(torch.int64)
-        for start in range(0, len(label_n), BLOCK):
-            part = slice(start, start + BLOCK)
-            groups = self.layout.split(self.table.value_nP[part].to(computed_in(self.table.value_nP.dtype)))
+        for part, groups in self._blocks():
             mass_C += class_mass(groups, label_n[part], classes)
         return self.ranks.sum(mass_C.to(self.ranks.device)).cpu()
 
     def start_mass(self, ids_n: Ids, classes: int) -> torch.Tensor:
-        """The same of samples without rows, at the start values that they keep."""
-        label_n = self.label_N[ids_n]
-        groups = self.layout.split(self.layout.start(label_n, torch.float64))
-        return class_mass(groups, torch.from_numpy(label_n).to(torch.int64), classes)
+        """The same of samples without rows, at the start values that they keep: those of one class are all alike."""
+        count_C = torch.from_numpy(np.bincount(self.label_N[ids_n], minlength=classes)).double()
+        one = self.layout.split(self.layout.start(np.zeros(1, np.int32), torch.float64))
+        mass_C = class_mass(one, torch.zeros(1, dtype=torch.int64), classes)
+        return (mass_C[0] - mass_C[1]) * count_C + mass_C[1] * count_C.sum()
 
     def look_up(self, ids_n: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The rows (n × P) of some samples between two steps, and the hyper step that last changed each; on the CPU."""
@@ -305,14 +303,20 @@ class Hyperparameters:
         """Weight and likeliest label of this rank's rows; 1 and the given label where not learnt."""
         label_n = torch.from_numpy(self.label_N[self.table.my_ids]).to(torch.int64)
         weight_n = torch.ones(len(label_n), dtype=torch.float64)
-        for start in range(0, len(label_n), BLOCK):
-            part = slice(start, start + BLOCK)
-            groups = self.layout.split(self.table.value_nP[part].to(computed_in(self.table.value_nP.dtype)))
+        for part, groups in self._blocks():
             if "weight_logit" in groups:
                 weight_n[part] = losses.weight(groups["weight_logit"]).cpu()
             if "soft_logit" in groups:
                 label_n[part] = groups["soft_logit"].argmax(1).cpu()
         return weight_n, label_n
+
+    def _blocks(self) -> Iterator[tuple[slice, dict[str, torch.Tensor]]]:
+        """This rank's rows in blocks, each with its place and groups."""
+        value_nP = self.table.value_nP
+        rows = max(1, BLOCK // max(1, self.layout.width))
+        for start in range(0, len(value_nP), rows):
+            part = slice(start, start + rows)
+            yield part, self.layout.split(value_nP[part].to(computed_in(value_nP.dtype)))
 
     def state(self) -> dict[str, Any]:
         """Everything that a resume needs."""

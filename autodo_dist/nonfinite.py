@@ -65,18 +65,14 @@ class NotFinite(Exception):
 
 @dataclass(frozen=True)
 class Seen:
-    """A step that was made. norm: of this rank's part of the model after it."""
+    """A step that was made. loss: weighted sum over this rank's samples; norm: of its part of the model, after it."""
 
     step: int
     place: Place
     ids_B: torch.Tensor
-    trained: Trained
+    loss_B: torch.Tensor
+    loss: torch.Tensor
     norm: torch.Tensor
-
-    @property
-    def loss(self) -> torch.Tensor:
-        """The weighted sum over this rank's samples."""
-        return self.trained.figures[0]
 
 
 class Watch:
@@ -93,7 +89,7 @@ class Watch:
     @torch.no_grad()
     def note(self, step: int, place: Place, ids_B: torch.Tensor, trained: Trained) -> None:
         """Keep what `look` needs of a step, right after it. Costs one reading of the model's values, and no wait."""
-        self.steps.append(Seen(step, place, ids_B, trained, self.norm()))
+        self.steps.append(Seen(step, place, ids_B, trained.loss_B, trained.figures[0], self.norm()))
 
     def look(self) -> None:
         """Read the steps since the last look; NotFinite tells of the first bad one. Every rank must call this."""
@@ -107,7 +103,7 @@ class Watch:
             raise NotFinite(self._fault(steps[first]))
 
     def _fault(self, seen: Seen) -> Fault:
-        own = seen.ids_B[~seen.trained.loss_B.isfinite()].tolist()
+        own = seen.ids_B[~seen.loss_B.isfinite()].tolist()
         loss, pictures = seen.loss.item(), len(seen.ids_B)
         losses, counts, owns, alls = zip(*self.ranks.gather((loss, pictures, own, seen.ids_B.tolist())), strict=True)
         ids = [id_ for part in owns for id_ in part] or [id_ for part in alls for id_ in part]

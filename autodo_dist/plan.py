@@ -24,7 +24,7 @@ ID, COUNT, TOUCHED = (
     8,
 )  # bytes of an int64: an id on its way, a length on its way, the step of a row's last update
 FIRST_BUCKET, BUCKET = 2**20, 25 * 2**20  # of DistributedDataParallel
-BATCHES_HELD = 3  # pictures of one batch in use, and of loader.DECODED_AHEAD = 2 that wait
+BATCHES_HELD = 3  # of a stream: the one in use, the next, whose ids it tells, and loader.DECODED_AHEAD = 1
 BACKWARD = 2 / 3  # of a task step's operations, behind which gradients can be reduced
 
 Kind = Literal["all_reduce", "all_gather", "all_to_all", "broadcast"]
@@ -295,11 +295,13 @@ def memory(work: Workload, ranks: int) -> tuple[Memory, ...]:
     if not work.learns:
         return tuple(parts)
     place: Place = "host" if work.table_on_host else "device"
-    validation = -(-work.validation_batch // (ranks * work.accumulate))
+    judging = -(-work.validation_batch // ranks)
+    validation = -(-judging // work.accumulate)
     step: Step = "shared" if work.way == "shared" else "hyper"
     rows = -(-work.train_samples // ranks)
     return (
         *parts,
+        Memory(f"pictures of {BATCHES_HELD} validation batches", BATCHES_HELD * judging * work.picture_bytes),
         Memory("rows: values", rows * work.row_width * work.bytes_per_value, place=place),
         Memory("rows: second moments", rows * work.row_width * work.bytes_per_value, place=place),
         Memory("rows: mean predictions", rows * work.classes * work.ensembles * work.bytes_per_value, place=place),
@@ -388,28 +390,25 @@ def check_memory(
     bytes_per_value: int,
     memory: float,
     table_on_host: bool = False,
-    weights: float = 0.0,
     ensembled: int = 0,
 ) -> None:
     """Refuse a table that certainly does not fit into `memory`, the bytes of one rank where the table lies: the GPU's,
     or main memory divided by the ranks of a node. width: P. ensembled: classes of the mean predictions, 0 without them.
-    weights: bytes that lie there for certain beside it.
 
     AutodoError with the setting to change. Cheap, and silent where only estimates say that it will not fit.
     """
     kept = kept_width(width, ensembled)
     table = table_bytes(train_samples, kept, ranks, bytes_per_value)
-    if table + weights <= memory:
+    if table <= memory:
         return
-    cures = [f"more ranks ({math.ceil(ranks * table / max(memory - weights, 1))} or more)"] if memory > weights else []
+    cures = [f"more ranks ({math.ceil(ranks * table / max(memory, 1))} or more)"]
     cures += ["hyper.table_dtype=bfloat16"] if bytes_per_value > 2 else []
     cures += [] if table_on_host else ["hyper.table_device=host"]
     cures += ["learn.ensembling=0"] if ensembled else []
     cures += ["learn.soft_label=false" + " learn.ensembling=0" * bool(ensembled)]
     raise AutodoError(
         f"row table: {table / GIB:.2f} GiB a rank ({train_samples} samples over {ranks} ranks, {kept} values "
-        f"of each) and {weights / GIB:.2f} GiB of weights do not fit into {memory / GIB:.2f} GiB; try "
-        + ", or ".join(cures)
+        f"of each) does not fit into {memory / GIB:.2f} GiB; try " + ", or ".join(cures)
     )
 
 
@@ -512,13 +511,19 @@ def apply_rows(work: Workload, local: float, ranks: int) -> list[Collective]:
 
 def travel(work: Workload, part: str, width: int, bytes_per_value: int, local: float, ranks: int) -> list[Collective]:
     """One way of so many values for each sample of a batch: lengths, ids, values. They go on a thread beside the step
-    (parallel/row_queue.py), for which a row shared by all samples has to wait after it was stepped: here, always.
+    (parallel/row_queue.py), for which the next step has to wait where it stepped a row shared by all samples.
     """
-    behind: Literal["", "step"] = "" if work.shared_width else "step"
+    waiting = 1 / work.validation_every if work.shared_width else 0.0
+    shares: tuple[tuple[float, Literal["", "step"]], ...] = ((waiting, ""), (1 - waiting, "step"))
     return [
-        Collective(f"{part}: lengths", "all_to_all", COUNT * ranks, behind=behind),
-        Collective(f"{part}: ids", "all_to_all", ID * local, behind=behind),
-        Collective(part, "all_to_all", width * bytes_per_value * local, behind=behind),
+        Collective(name, "all_to_all", size, share, behind)
+        for share, behind in shares
+        for name, size in (
+            (f"{part}: lengths", COUNT * ranks),
+            (f"{part}: ids", ID * local),
+            (part, width * bytes_per_value * local),
+        )
+        if share
     ]
 
 

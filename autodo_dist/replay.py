@@ -54,7 +54,7 @@ class Course:
     latter leave out in turn; steps: of each. begun: the epoch, and the steps done, with which the run began.
 
     learnt_from: the first epoch in which rows are learnt, in hyper passes of their own (`separate`) or in task steps.
-    shared: all samples have one augmentation.
+    shared: all samples have one augmentation, which changes in every `renewed_every`th of these steps alone.
     """
 
     id: int
@@ -68,6 +68,7 @@ class Course:
     learnt_from: int
     separate: bool
     shared: bool
+    renewed_every: int
 
     def passes(self, epoch: int) -> tuple[int, ...]:
         """The passes of an epoch."""
@@ -94,14 +95,26 @@ class Course:
         """Whether no step from one moment up to a later one changes the sample's augmentation."""
         pass_ = HYPER if self.separate else TASK
         for epoch in range(max(first.epoch, self.learnt_from), min(last.epoch + 1, self.epochs)):
-            if self.shared:  # by every step
-                changed = max(first, Moment(epoch, pass_)) < min(last, Moment(epoch, pass_, self.steps[pass_]))
+            if self.shared:
+                begin, end = (self._position(moment, epoch, pass_) for moment in (first, last))
+                changed = -(-begin // self.renewed_every) * self.renewed_every < end
             else:
                 turn = self.turn(epoch, pass_)
                 changed = turn is not None and first <= turn < last
             if changed:
                 return False
         return True
+
+    def _position(self, moment: Moment, epoch: int, pass_: int) -> int:
+        """Steps of a pass that are done by a moment."""
+        if (moment.epoch, moment.pass_) == (epoch, pass_):
+            return moment.position
+        return 0 if moment < Moment(epoch, pass_) else self.steps[pass_]
+
+    def learns(self, turn: Moment) -> bool:
+        """Whether the sample's step there has its augmentation as leaves of a graph (steps.pieces)."""
+        learning = turn.pass_ == HYPER or (not self.separate and turn.epoch >= self.learnt_from)
+        return learning and (not self.shared or turn.position % self.renewed_every == 0)
 
 
 @dataclass(frozen=True)
@@ -161,6 +174,7 @@ def course_of(source: Source, id_: int) -> Course:
         learnt_from=max(config.hyper.start_epoch, begun[0]),
         separate=config.hyper.way == "separate",
         shared=config.learn.augment == "shared",
+        renewed_every=config.hyper.validation_every,
     )
 
 
@@ -261,8 +275,7 @@ def view(source: Source, course: Course, kept: list[Kept], epoch: int, pass_: in
         raise NotSeen("it does not decode, and was dropped (dropped.csv)")
     row, exact = row_at(course, kept, turn) if only is None else (only, False)
     place = int(places[0])
-    learnt = pass_ == HYPER or (not course.separate and epoch >= course.learnt_from)
-    seen_CHW = augment(source.config, source, batch, row.logits, place, learnt)
+    seen_CHW = augment(source.config, source, batch, row.logits, place, course.learns(turn))
     return View(turn, done + 1, rank, ranks, row, exact, batch.images_BCHW[place], seen_CHW)
 
 

@@ -215,8 +215,8 @@ def follow_predictions(run: Run) -> None:
     """Have soft labels follow the network's predictions in the epoch that begins, where that is due. Every rank must
     call this.
     """
-    hyper, learn, epochs = run.parts.hyper, run.config.learn, run.config.train.epochs
-    if hyper is not None and run.progress.epoch >= learn.ensembling_from * epochs:
+    hyper = run.parts.hyper
+    if hyper is not None and run.progress.epoch >= run.config.ensembling_epoch:
         hyper.parameters.follow_predictions(run.steps_done)
 
 

@@ -180,7 +180,7 @@ def make_parts(config: Config, split: Split, classes: int, ranks: Ranks) -> Part
         lr=lambda done: LR,
         objective=Objective(config.learn.loss, config.train.batch_size),  # of runs that learn soft labels
         pictures=build.build_pictures(config),
-        hyper=build.build_hyper(config, manifest, split, model.head, lambda step, peak: peak, ranks),
+        hyper=build.build_hyper(config, manifest, split, model.head, lambda step, peak: peak, 1, ranks),
         average=None,
     )
 

@@ -46,11 +46,11 @@ from autodo_dist.data.loader import Loader
 from autodo_dist.data.manifest import read_manifest, write_manifest
 from autodo_dist.data.pack import pack
 from autodo_dist.data.shards import Shards
+from autodo_dist.experiment.table import insert
 from autodo_dist.load_config import check_config
 from autodo_dist.method import warp
 from autodo_dist.parallel.comm import Ranks
 from benchmarks.hyper_step import CPU, Figure, figure, interleaved, resident, table
-from benchmarks.results import between_marks
 from benchmarks.row_table import at_least
 from benchmarks.runs import write_rows
 
@@ -90,7 +90,7 @@ def main(
     if json_file is not None:
         write_rows(json_file, rows)
     if doc is not None:
-        doc.write_text(between_marks(doc.read_text(), text))
+        insert(doc, "results", text)
 
 
 # Pictures -------------------------------------------------------------------------------------------------------------

@@ -36,9 +36,9 @@ from autodo_dist.data.order import Crop
 from autodo_dist.data.pixels import Finish, Pictures, Pixels
 from autodo_dist.data.policies import PAPERS, Drawn, Policy, make_choice, make_erase
 from autodo_dist.data.torchvision_pixels import TorchvisionPixels
+from autodo_dist.experiment.table import insert
 from autodo_dist.operations import OPERATIONS
 from benchmarks.hyper_step import Figure, figure, interleaved
-from benchmarks.results import between_marks
 from benchmarks.runs import as_command, write_rows
 
 Array = npt.NDArray[np.uint8]
@@ -77,7 +77,7 @@ def main(
     if json_file is not None:
         write_rows(json_file, figures(sizes, times))
     if doc is not None:
-        doc.write_text(between_marks(doc.read_text(), text))
+        insert(doc, "results", text)
 
 
 def natural(height: int, width: int) -> list[Array]:

@@ -8,7 +8,6 @@ stop, this goes on, and finished runs are only read.
 from __future__ import annotations
 
 import os
-import re
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,7 +16,7 @@ from typing import Annotated, Any
 
 import typer
 
-from autodo_dist.errors import AutodoError
+from autodo_dist.experiment.table import insert
 from autodo_dist.ledger import START
 from benchmarks.runs import as_command, run_all, summary, write_rows
 
@@ -70,7 +69,7 @@ def main(
     if json_file is not None:
         write_rows(json_file, rows)
     if readme is not None:
-        readme.write_text(between_marks(readme.read_text(), text))
+        insert(readme, "results", text)
 
 
 def figures(summaries: dict[Cell, dict[str, Any]], jobs: int) -> list[dict[str, Any]]:
@@ -117,16 +116,6 @@ def table(rows: Sequence[dict[str, Any]], seeds: int) -> str:
         better = sum(value < 0 for value in three[2]["seeds"])
         lines.append(f"| IR {imbalance:g}, noise {noise:g} | {' | '.join(shown)} ({better} of {seeds} better) |")
     return "\n".join(lines)
-
-
-def between_marks(text: str, insert: str) -> str:
-    """The text with `insert` between its marks `<!-- results -->` and `<!-- /results -->`."""
-    found, count = re.subn(
-        r"(?s)(<!-- results -->\n).*?(<!-- /results -->)", lambda mark: f"{mark[1]}{insert}\n{mark[2]}", text
-    )
-    if count != 1:
-        raise AutodoError("no marks <!-- results --> and <!-- /results --> there; put them where the table goes")
-    return found
 
 
 if __name__ == "__main__":

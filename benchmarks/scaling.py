@@ -47,13 +47,13 @@ from autodo_dist.commands.plan import GIGA, TERA, Sizes, workload
 from autodo_dist.config import Config
 from autodo_dist.data.loader import Batch
 from autodo_dist.data.split import Split
+from autodo_dist.experiment.table import insert
 from autodo_dist.load_config import check_config
 from autodo_dist.parallel import comm
 from autodo_dist.parallel.comm import Ranks
 from autodo_dist.plan import GIB, Cluster, Collective, Kind, Workload
 from autodo_dist.steps import hyper_step, renew_validation, task_step
 from benchmarks.hyper_step import CPU, EVERYTHING, IDS, LR, Case, Figure, figure, make_batch, make_parts
-from benchmarks.results import between_marks
 from benchmarks.runs import write_rows
 
 FITTED, TRIED = (1, 2), 4
@@ -128,7 +128,7 @@ def main(
     if plot_file is not None:
         draw(plot_file, curves, nodes)
     if doc is not None:
-        doc.write_text(between_marks(doc.read_text(), text))
+        insert(doc, "results", text)
 
 
 # Measured on this machine ---------------------------------------------------------------------------------------------

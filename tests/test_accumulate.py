@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from ranks import RankPool
+from test_autodo import RECIPE
 from test_engines import (
     CUT_ALL,
     NOTHING,
@@ -54,6 +55,7 @@ WAYS = {
     "shared": SHARED | {"learn__normalize_weights": True},
     "shared, weights and labels": SHARED | {"learn__augment": "none"},
     "shared, fisher": SHARED | {"hyper__solver": "fisher"},
+    "recipe": RECIPE,
 }
 
 

@@ -34,6 +34,7 @@ from autodo_dist.errors import AutodoError
 from autodo_dist.hyperparameters import SharedRow
 from autodo_dist.load_config import check_config
 from autodo_dist.method.hypergrad import Rows
+from autodo_dist.method.rmsprop import Rmsprop
 from autodo_dist.method.solvers import Solver
 from autodo_dist.parallel import comm
 from autodo_dist.steps import hyper_step, renew_validation, shared_step, task_step
@@ -42,6 +43,16 @@ from autodo_dist.train import train
 # Conjugate gradients amplify rounding until they have converged: ranks agree on the solution, not on the way to it.
 CONVERGED = {"hyper__solver": "cg", "hyper__damping": 0.1, "hyper__cg_iterations": 500, "hyper__cg_tolerance": 1e-14}
 EVERYTHING = {"learn__augment": "per_sample", "learn__weight": True, "learn__soft_label": True}
+# What `recipe: autodo` consists of, for runs of a few steps.
+RECIPE = {
+    "train__logit_adjustment": 1.0,
+    "learn__augment": "shared",
+    "learn__clean_folds": 3,
+    "learn__ensembling": 0.7,
+    "hyper__way": "shared",
+    "hyper__solver": "identity",
+    "hyper__validation_every": 2,
+}
 
 
 def learning(digits: Path, folder: Path, **changes: Any) -> dict[str, Any]:
@@ -92,13 +103,16 @@ def pass_states(tree: dict[str, Any], steps: int) -> dict[str, torch.Tensor]:
             if hyper.way == "separate":
                 task_step(parts, batch, step, ranks)
             else:
-                renew_validation(parts, hyper, next(validations), ranks)
-                figures.append(shared_step(parts, hyper, batch, step, 0.05, step + 1, ranks).figures)
+                if renewed := step % hyper.validation_every == 0:
+                    renew_validation(parts, hyper, next(validations), ranks)
+                trained = shared_step(parts, hyper, batch, step, 0.05, step + 1, ranks, renewed=renewed)
+                figures.append(trained.figures)
                 hyper.parameters.follow_predictions(step)  # all ranks' predictions count
                 rows.append(all_rows(hyper, ranks))
         return {
             "rows": torch.stack(rows),
             "shared": hyper.parameters.shared.value_P,
+            "moved": hyper.parameters.shared.touched,
             "figures": ranks.sum(torch.stack(figures))[:, 3:5] / ranks.ranks,
             "unchanged": torch.tensor(unchanged),
             **{f"weights.{name}": value for name, value in parts.model.state_dict().items()},
@@ -115,15 +129,8 @@ def pass_states(tree: dict[str, Any], steps: int) -> dict[str, torch.Tensor]:
         ({"hyper__solver": "fisher", "learn__color": True}, (3,)),
         ({"hyper__way": "shared", "learn__normalize_weights": True}, (2, 4)),
         ({"hyper__way": "shared", "hyper__solver": "fisher", "learn__augment": "shared"}, (3,)),
-        (
-            {
-                "hyper__way": "shared",
-                "learn__clean_folds": 3,
-                "train__logit_adjustment": 1.0,
-                "learn__ensembling": 0.7,
-            },
-            (3,),
-        ),
+        (RECIPE, (2, 3)),
+        (RECIPE | {"learn__augment": "per_sample"}, (3,)),
     ],
     ids=str,
 )
@@ -135,6 +142,7 @@ def test_steps_are_equal_on_any_number_of_ranks(
     alone = pool.run(1, pass_states, tree, 3)[0]
     assert bool(alone["unchanged"])
     assert (alone["rows"][-1].std(0) > 0).all()
+    assert int(alone["moved"]) == (3 if changes.get("learn__augment") == "shared" else 0)
     for ranks in numbers:
         for result in pool.run(ranks, pass_states, tree, 3):
             for name, value in alone.items():
@@ -169,9 +177,7 @@ def same_batch_both_ways(tree: dict[str, Any]) -> list[torch.Tensor]:
             else:
                 shared_step(parts, parts.hyper, batch, 0, 0.05, 1, ranks)
             parts.hyper.parameters.state()  # waits for the gradients
-            table = parts.hyper.parameters.table
-            found.append(torch.cat([table.second_nP, parts.hyper.parameters.shared.second_P[None]], 1)
-                         if table.second_nP.shape[1] == 14 else table.second_nP)  # fmt: skip
+            found.append(parts.hyper.parameters.table.second_nP)
     return found
 
 
@@ -207,19 +213,24 @@ def test_resume_with_tables_is_bit_exact(pool: RankPool, digits: Path, tmp_path:
     assert (folder / "labels.csv").read_text() == labels
 
 
-@pytest.mark.parametrize(("ranks", "solver"), [(1, "neumann"), (2, "fisher")])
+@pytest.mark.parametrize(
+    ("ranks", "changes", "logged"),
+    [(1, {}, [10, 12]), (2, {"hyper__solver": "fisher"}, [10, 12]), (2, RECIPE, [12, 16])],
+    ids=str,
+)
 def test_resume_of_a_shared_pass_is_bit_exact(
-    pool: RankPool, digits: Path, tmp_path: Path, ranks: int, solver: str
+    pool: RankPool, digits: Path, tmp_path: Path, ranks: int, changes: dict[str, Any], logged: list[int]
 ) -> None:
-    """Step 10 is the fourth of its pass; the validation gradient of the third is still in use."""
-    tree = learning(digits, tmp_path, hyper__way="shared", hyper__validation_every=2, hyper__solver=solver)
+    """Step 10 is in the second pass, between renewals: the validation gradient of the step before is still in use."""
+    tree = learning(digits, tmp_path, **({"hyper__way": "shared", "hyper__validation_every": 2} | changes))
     folder = pool.run(ranks, run_train, tree)[0]
-    final, metrics, labels = weights(folder, 12), lines(folder), (folder / "labels.csv").read_text()
-    assert [row["step"] for row in metrics if "cosine" in row] == [10, 12]
+    last = logged[-1]
+    final, metrics, labels = weights(folder, last), lines(folder), (folder / "labels.csv").read_text()
+    assert [row["step"] for row in metrics if "cosine" in row] == logged
     cut_back(folder, 10)
     (folder / "labels.csv").unlink()
     pool.run(ranks, run_train, tree)
-    assert_equal_states(weights(folder, 12), final)
+    assert_equal_states(weights(folder, last), final)
     assert lines(folder) == metrics
     assert (folder / "labels.csv").read_text() == labels
 
@@ -383,10 +394,40 @@ def test_a_shared_augmentation_is_learnt_at_renewals_alone(digits: Path, tmp_pat
         changes = {"hyper__way": way, "hyper__solver": solver, "hyper__validation_every": every}
         steps.append(shared_steps(learning(digits, tmp_path / str(every), learn__augment="shared", **changes)))
     always, rarely = (dict(found) for found in steps)
-    assert len(always) % 6 == 0
+    assert len(always) == 6
     assert list(rarely) == [step for step in always if step % 3 == 1]
     for step, lr in rarely.items():
         assert lr == pytest.approx(math.sqrt(3) * always[step])
+
+
+def moved_by(every: int, steps: int) -> float:
+    """How far a shared row goes by a constant gradient in so many hyper steps, one in `every` of them its own."""
+    with comm.process_group(comm.Place(), torch.device("cpu")) as ranks:
+        row = SharedRow(torch.zeros(1, dtype=torch.float64), ranks, Rmsprop(0.99, 1e-12))
+        own = range(1, steps + 1, every)
+        for step in own:
+            row.apply_grad(torch.ones(1, dtype=torch.float64), lr=0.01 * math.sqrt(steps / len(own)), step=step)
+        return -float(row.value_P)
+
+
+def test_rare_steps_of_a_shared_row_go_as_far_as_all_of_them() -> None:
+    """To the few percent by which second moments wane between two steps, once they are what the gradient makes them."""
+    for every in (3, 8):
+        late = moved_by(every, 4000) - moved_by(every, 2000)
+        assert late == pytest.approx(moved_by(1, 4000) - moved_by(1, 2000), rel=0.03)
+
+
+@pytest.mark.parametrize(("steps", "expected"), [(1, 1), (4, 4), (6, 3), (None, 3)])
+def test_a_shared_row_keeps_its_pace_in_short_passes(
+    digits: Path, tmp_path: Path, steps: int | None, expected: float
+) -> None:
+    """Every pass begins with a renewal, so E is the pass' steps over its renewals: six steps and two."""
+    changes = {"learn__augment": "shared", "hyper__validation_every": 4, "train__steps_per_pass": steps}
+    config = check_config(learning(digits, tmp_path, **changes), "test")
+    with comm.process_group(comm.Place(), torch.device("cpu")) as ranks:
+        hyper = build(config, read_manifest(digits), ranks).hyper
+        assert hyper is not None
+        assert hyper.parameters.shared_every == expected
 
 
 def test_fork_starts_from_a_plain_run(digits: Path, tmp_path: Path) -> None:

@@ -29,6 +29,7 @@ from autodo_dist.errors import AutodoError
 from autodo_dist.experiment import pool, results, runner, table, worker
 from autodo_dist.experiment.plan import Experiment, Trial, jobs, numbers, plan, read_experiment
 from autodo_dist.experiment.results import Line
+from autodo_dist.experiment.rivals import loop
 from autodo_dist.experiment.runner import Request
 from autodo_dist.experiment.worker import Place, Said
 
@@ -120,6 +121,20 @@ def test_a_digest_is_of_all_that_numbers_depend_on_and_of_nothing_else(tmp_path:
     others += [fork.digest, replace(fork, epoch=2).digest]
     assert len({base.digest, *others}) == 1 + len(others)
     assert digest(cells={"other name": ["data.imbalance_ratio=10"]}) == base.digest
+
+
+def test_a_digest_is_of_what_a_split_file_holds(tmp_path: Path) -> None:
+    def digest_of(file: Path) -> str:
+        cells = {"c": [f"data.split={file}", "data.imbalance_ratio=1", "data.label_noise=0"]}
+        return trials(tmp_path, cells=cells)[1].digest
+
+    files = {tmp_path / name: text for name, text in (("a", "one"), ("b", "one"), ("c", "two"))}
+    for file, text in files.items():
+        file.write_text(text)
+    one, same, other = map(digest_of, files)
+    assert one == same != other
+    with pytest.raises(AutodoError, match=r"/none: cannot be read \(No such file or directory\); mend data.split"):
+        digest_of(tmp_path / "none")
 
 
 def test_settings_at_their_defaults_are_not_in_a_digest(tmp_path: Path) -> None:
@@ -221,7 +236,9 @@ def test_a_trial_is_done_by_its_last_line_of_the_same_settings_and_data(tmp_path
     assert runner.describe(found) == (
         "1 of 4 trials found, 3 to do, 2 of them made with other settings or data before, and now again"
     )
-    assert results.standing([one, two, three, four], lines).done.keys() == {one.key, three.key}
+    assert results.standing([one, two, three, four], lines, {}).done.keys() == {one.key, three.key}
+    there = {one.config.data.root: "f" * 16}
+    assert results.standing([one], [line_of(one, data="f" * 16), line_of(one)], there).done[one.key].data == "f" * 16
 
 
 def test_lines_of_writers_at_the_same_time_do_not_mix(tmp_path: Path) -> None:
@@ -365,6 +382,15 @@ def test_what_follows_a_failure_in_a_job_is_not_tried(
     assert [(it.kind, it.text, it.bug) for it in rest] == 2 * [("failed", worker.NOT_TRIED, False)]
     assert results.read(tmp_path / "lines.jsonl") == []
     assert "Traceback" in log.read_text()
+
+
+def test_results_that_cannot_be_read_fail_the_whole_job(tmp_path: Path) -> None:
+    job = with_forks(tmp_path)
+    (tmp_path / "lines.jsonl").write_text("no line\n")
+    said = list(worker.make(tuple(job), known(tmp_path, job)))
+    assert [(it.kind, it.trial.method) for it in said] == [("failed", method) for method in ("plain", "E1", "E2")]
+    assert "lines.jsonl, line 1: no result" in said[0].text
+    assert {it.text for it in said[1:]} == {worker.NOT_TRIED}
 
 
 def test_a_process_that_dies_takes_its_job_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -675,4 +701,8 @@ def test_what_configs_holds_can_be_planned(path: Path, monkeypatch: pytest.Monke
     found = plan(each, seeds=2)
     per_cell = len(each.methods) + len(each.rivals) * ("flops" in each.budgets)
     assert len({trial.key for trial in found}) == len(found) == 2 * len(each.cells) * per_cell
+    runner.check_rivals(found)
+    for trial in found:
+        if trial.rival:
+            loop.check(trial.config)
     assert len({trial.digest for trial in found}) == len(found)

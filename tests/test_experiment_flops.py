@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,7 +16,7 @@ from autodo_dist import train as trainer
 from autodo_dist.build import build_classifier
 from autodo_dist.commands.plan import Sizes, workload
 from autodo_dist.config import Config
-from autodo_dist.experiment import flops
+from autodo_dist.experiment import flops, rivals
 from autodo_dist.experiment.measure import measure
 from autodo_dist.experiment.plan import Trial
 from autodo_dist.load_config import check_config
@@ -150,8 +148,8 @@ class Outcome:
     seconds: float
 
 
-def stand_in(seen: list[Config], each: float) -> Any:
-    """Rivals of which each epoch takes so many operations."""
+def stand_in(monkeypatch: pytest.MonkeyPatch, seen: list[Config], each: float) -> None:
+    """Have each epoch of a rival take so many operations."""
 
     def run(config: Config, rival: str, options: dict[str, float]) -> Outcome:
         assert (rival, options) == ("elr", {"momentum": 0.9})
@@ -161,7 +159,8 @@ def stand_in(seen: list[Config], each: float) -> Any:
     def count(config: Config, rival: str, options: dict[str, float]) -> float:
         return config.train.epochs * each
 
-    return SimpleNamespace(RIVALS=("elr",), run=run, flops=count)
+    monkeypatch.setattr(rivals, "run", run)
+    monkeypatch.setattr(rivals, "flops", count)
 
 
 @pytest.fixture
@@ -184,7 +183,7 @@ def test_a_rivals_epochs_are_scaled_to_our_flops(
     one, seen = trial(), list[Config]()
     flops._rival_flops.cache_clear()
     ours = flops.trainer_flops(one.ours, 0, 3)
-    monkeypatch.setitem(sys.modules, "autodo_dist.experiment.rivals", stand_in(seen, ours / (3 * factor)))
+    stand_in(monkeypatch, seen, ours / (3 * factor))
     epochs = max(1, round(3 * factor))
     line = measure(one, False, tmp_path, "d" * 16, "commit")
     assert [config.train.epochs for config in seen] == [epochs]

@@ -459,10 +459,10 @@ def test_a_table_that_cannot_fit_is_refused() -> None:
     ):
         check_memory(**facts, memory=need - 1)
     with pytest.raises(AutodoError) as caught:
-        check_memory(**(facts | {"bytes_per_value": 2}), memory=2**30, table_on_host=True, weights=2**29)
+        check_memory(**(facts | {"bytes_per_value": 2}), memory=2**29, table_on_host=True)
     assert "more ranks (10 or more), or learn.soft_label=false" in str(caught.value)
     assert "\n" not in str(caught.value)
-    check_memory(**(facts | {"bytes_per_value": 2, "ranks": 10}), memory=2**30, table_on_host=True, weights=2**29)
+    check_memory(**(facts | {"bytes_per_value": 2, "ranks": 10}), memory=2**29, table_on_host=True)
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ import pytest
 
 from autodo_dist.errors import AutodoError
 from benchmarks import results
-from benchmarks.results import DISTORTIONS, METHODS, Cell, between_marks, figures, table
+from benchmarks.results import DISTORTIONS, METHODS, Cell, figures, table
 
 
 def summaries(errors: dict[str, list[float]]) -> dict[Cell, dict[str, Any]]:
@@ -32,15 +32,6 @@ def test_the_table_says_mean_deviation_and_paired_difference() -> None:
     assert rows[2]["std"] == pytest.approx(2.5658007)  # of -1, 0.5 and -4.5, divided by n - 1
     assert rows[-1]["holds"] is True
     assert "| IR 1, noise 0.4 | 12.00 ± 2.00 % | 10.33 ± 1.89 % | -1.67 ± 2.57 % (2 of 3 better) |" in table(rows, 3)
-
-
-def test_a_table_takes_the_place_of_the_last_one() -> None:
-    text = "a\n<!-- results -->\nold\n<!-- /results -->\nb\n"
-    new = between_marks(text, "one\ntwo")
-    assert new == "a\n<!-- results -->\none\ntwo\n<!-- /results -->\nb\n"
-    assert between_marks(new, "old") == text
-    with pytest.raises(AutodoError, match="no marks"):
-        between_marks("a", "b")
 
 
 def test_it_trains_goes_on_and_names_a_run_that_failed(

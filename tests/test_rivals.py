@@ -122,11 +122,14 @@ def true_test(here: Site) -> np.ndarray:
     return here.manifest.label_N[here.split.test]
 
 
-@pytest.mark.parametrize("rival", ["elr", "sop", "meta_weight_net"])
-def test_a_rival_sees_the_train_part_and_can_be_repeated(
-    digits: Path, rival: str, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("rival", "train_on"),
+    [("elr", "train"), ("sop", "train"), ("meta_weight_net", "train"), ("meta_weight_net", "all")],
+)
+def test_a_rival_sees_its_pictures_and_can_be_repeated(
+    digits: Path, rival: str, train_on: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config = config_of(digits)
+    config = config_of(digits, data__train_on=train_on, data__label_noise=0.5)
     found = []
     for _ in range(2):
         spy = Spy(monkeypatch)
@@ -134,6 +137,7 @@ def test_a_rival_sees_the_train_part_and_can_be_repeated(
         monkeypatch.undo()
     split = build_split(config, read_data(config))
     assert spy.ids() <= set(split.train.tolist())
+    assert bool(spy.ids() & set(split.validation.tolist())) == (train_on == "all")
     assert len(spy.steps) == 2 * (len(split.train) // 100)
     assert all((split.label_N[ids] == labels).all() for ids, labels, _ in spy.steps)
     assert found[0].test_accuracy == found[1].test_accuracy
@@ -247,6 +251,11 @@ def test_folds_have_the_given_labels_in_equal_shares() -> None:
         assert np.abs(shares).max() < 1
 
 
+def test_more_folds_than_there_are_pictures_of_a_label_are_refused() -> None:
+    with pytest.raises(AutodoError, match=r"confident_learning: folds = 11: n_splits=11 cannot be .*; lower it"):
+        list(confident_learning.folds(np.arange(20), np.arange(20, dtype=np.int32) % 2, 11, seed=0))
+
+
 def test_a_picture_without_a_prediction_is_kept() -> None:
     """Cleanlab sees the others alone."""
     given_N = np.array([0, 1] * 20, np.int32)
@@ -309,9 +318,11 @@ def test_an_unknown_name_or_value_is_refused(digits: Path, rival: str, options: 
     ("rival", "changes", "message"),
     [
         ("elr", {"train__accumulate": 2}, "train.accumulate = 2: rivals train as one rank"),
+        ("elr", {"train__on_nonfinite": "rollback"}, "without checkpoints, .* set train.on_nonfinite=stop"),
         ("fine_tune", {"data__train_on": "all"}, "data.train_on = all: fine_tune uses the clean"),
         ("confident_learning", {"data__train_on": "clean"}, "data.train_on = clean: confident_learning uses"),
         ("meta_weight_net", {"data__validation_fraction": 0.0}, "meta_weight_net: no clean validation picture"),
+        ("meta_weight_net", {"data__train_on": "clean"}, "its own way; set data.train_on=train or all"),
         ("fine_tune", {}, "optim.warmup_epochs = 1: not below the 1 epochs of a phase"),
         ("sop", {"optim__lr": 1e30}, "epoch 1: the weights are not finite; lower optim.lr"),
     ],
@@ -326,5 +337,5 @@ def test_settings_that_do_not_fit_are_refused(digits: Path, rival: str, changes:
 
 def test_learnt_rows_are_refused(digits: Path) -> None:
     tree = small(digits) | {"learn": {"weight": True}, "hyper": {"start_epoch": 1}}
-    with pytest.raises(AutodoError, match="learn: rivals train as one rank, from the start, and learn no rows"):
+    with pytest.raises(AutodoError, match=r"learn: rivals train as one rank, .* learn no rows"):
         rivals.run(check_config(tree, "test"), "elr", {})

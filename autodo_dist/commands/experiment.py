@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
+from autodo_dist.errors import AutodoError
 from autodo_dist.experiment import table as tables
 from autodo_dist.experiment.plan import read_experiment
 from autodo_dist.experiment.runner import Request, newest, run, sigterm_as_ctrl_c
@@ -69,6 +70,8 @@ def experiment(
     if out.markdown is not None:
         for request in requests:
             tables.check_marks(out.markdown, request.experiment.name)
+    if out.json_file is not None and not out.json_file.parent.is_dir():  # said now, not after hours of runs
+        raise AutodoError(f"--json {out.json_file}: there is no folder {out.json_file.parent}; make it")
     if executor == "slurm" and not table:
         raise typer.Exit(_on_slurm(files, requests, tasks, partition))
     failed = 0 if table else sum(map(_make, requests))
@@ -98,7 +101,10 @@ def _show(requests: list[Request], out: Out) -> None:
         if out.markdown is not None:
             tables.insert(out.markdown, each.name, text)
     if out.json_file is not None:
-        write_text(out.json_file, json.dumps(rows, indent=1, ensure_ascii=False) + "\n")
+        try:
+            write_text(out.json_file, json.dumps(rows, indent=1, ensure_ascii=False) + "\n")
+        except OSError as error:
+            raise AutodoError(f"--json {out.json_file}: cannot be written ({error.strerror})") from error
 
 
 def _on_slurm(files: list[Path], requests: list[Request], tasks: int, partition: str | None) -> int:

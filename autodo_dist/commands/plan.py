@@ -20,7 +20,7 @@ from autodo_dist.config import Config
 from autodo_dist.errors import AutodoError
 from autodo_dist.files import write_json
 from autodo_dist.load_config import load_config
-from autodo_dist.plan import GIB, Cluster, Plan, StepPlan, Workload
+from autodo_dist.plan import GIB, Cluster, Plan, Step, StepPlan, Workload
 
 GIGA, TERA = 1e9, 1e12
 WIDTH = 100  # characters, where the output goes to a file
@@ -135,7 +135,7 @@ def workload(config: Config, sizes: Sizes, cluster: Cluster) -> Workload:
         -(-batch // (cluster.ranks * config.train.accumulate)),
         dtype,
         build.build_pictures(config) if operations else None,
-        factors=hyper.solver == "fisher",
+        factors=config.solver == "fisher",
     )
     with torch.device("meta"):
         head = torch.nn.Linear(foot.features, sizes.classes)
@@ -241,8 +241,9 @@ def step_table(step: StepPlan) -> Table:
 def epochs_line(found: Plan, work: Workload) -> str:
     """Passes, steps and times of the epochs."""
 
-    def epochs(passes: tuple[str, ...], seconds: float) -> str:
-        return f"{' + '.join(passes)}: {len(passes)} x {found.steps_per_pass} steps, {seconds / 60:.2f} min an epoch"
+    def epochs(passes: tuple[Step, ...], seconds: float) -> str:
+        steps = " + ".join(str(planning.pass_steps(work, step)) for step in passes)
+        return f"{' + '.join(passes)}: {steps} steps, {seconds / 60:.2f} min an epoch"
 
     if work.learns and work.start_epoch:
         text = f"up to epoch {work.start_epoch} {epochs(found.passes_before, found.epoch_seconds_before)}; then "

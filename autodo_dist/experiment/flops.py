@@ -9,18 +9,16 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import importlib
 import json
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
-
-from torch.utils.flop_counter import FlopCounterMode
 
 from autodo_dist.build import Hyper, Parts, build, choose_device
 from autodo_dist.build_data import read_data
 from autodo_dist.config import Config
+from autodo_dist.experiment import rivals
 from autodo_dist.experiment.plan import Trial, seeded
+from autodo_dist.experiment.rivals.loop import counted
 from autodo_dist.load_config import check_config
 from autodo_dist.parallel import comm
 from autodo_dist.parallel.comm import Ranks
@@ -72,11 +70,6 @@ def scaled(config: Config, factor: float) -> Config:
     )
 
 
-def rivals() -> Any:
-    """The loops that stand in the trainer's place."""
-    return importlib.import_module("autodo_dist.experiment.rivals")
-
-
 def _same_for_all_seeds(config: Config) -> str:
     """The settings as JSON without the seed: parts are of the same size for every seed, and so are steps."""
     return seeded(config, 0).model_dump_json()
@@ -84,8 +77,7 @@ def _same_for_all_seeds(config: Config) -> str:
 
 @functools.cache
 def _rival_flops(settings: str, rival: str, options: str) -> float:
-    found: float = rivals().flops(check_config(json.loads(settings), "of a trial"), rival, json.loads(options))
-    return found
+    return rivals.flops(check_config(json.loads(settings), "of a trial"), rival, json.loads(options))
 
 
 @functools.cache
@@ -105,12 +97,12 @@ def _count(parts: Parts, ranks: Ranks) -> Epoch:
     with contextlib.closing(task.batches(0)) as batches:
         batch = replace(next(batches), next_ids_B=None)  # no other batch follows
     parts.model.train()
-    before = task.steps * operations(lambda: task_step(parts, batch, 0, ranks))
+    before = task.steps * counted(lambda: task_step(parts, batch, 0, ranks))
     if hyper is None:
         return Epoch(before, before)
     with contextlib.closing(parts.loaders.hyper_validation.batches(0)) as batches:
         clean = next(batches)
-    renew = operations(lambda: renew_validation(parts, hyper, clean, ranks))
+    renew = counted(lambda: renew_validation(parts, hyper, clean, ranks))
     step: Callable[..., object]
     if hyper.way == "shared":
         step = functools.partial(shared_step, parts, hyper, batch, 0, hyper.lr(1), 1, ranks)
@@ -123,12 +115,5 @@ def _count(parts: Parts, ranks: Ranks) -> Epoch:
 def hyper_steps(steps: int, hyper: Hyper, renew: float, step: Callable[..., object]) -> float:
     """Operations of a pass of so many steps, some of which renew the validation gradient."""
     renewals = -(-steps // hyper.validation_every)
-    new, old = (operations(functools.partial(step, renewed=renewed)) for renewed in (True, False))
+    new, old = (counted(functools.partial(step, renewed=renewed)) for renewed in (True, False))
     return renewals * (renew + new) + (steps - renewals) * old
-
-
-def operations(step: Callable[[], object]) -> float:
-    """Floating-point operations of a step."""
-    with FlopCounterMode(display=False) as counter:
-        step()
-    return float(counter.get_total_flops())

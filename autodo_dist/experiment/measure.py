@@ -9,7 +9,8 @@ from typing import Any
 
 from autodo_dist.config import Config
 from autodo_dist.errors import AutodoError
-from autodo_dist.experiment.flops import budgeted, rivals, trial_flops
+from autodo_dist.experiment import rivals
+from autodo_dist.experiment.flops import budgeted, trial_flops
 from autodo_dist.experiment.plan import Trial
 from autodo_dist.experiment.results import Line
 from autodo_dist.files import read_json, read_json_lines
@@ -40,7 +41,8 @@ def measure(trial: Trial, forked: bool, root: Path, data: str, commit: str | Non
     mend.
     """
     config = budgeted(trial)
-    came = _rival(trial, config) if trial.rival else _trainer(trial, placed(trial, config, root), root)
+    config = placed(trial, config, root)
+    came = _rival(trial, config) if trial.rival else _trainer(trial, config, root)
     return Line(
         experiment=trial.experiment,
         method=trial.method,
@@ -123,7 +125,7 @@ def _trainer(trial: Trial, config: Config, root: Path) -> Came:
 
 
 def _rival(trial: Trial, config: Config) -> Came:
-    found = rivals().run(config, trial.rival, trial.options)
+    found = rivals.run(config, trial.rival, trial.options)
     return Came(found.test_accuracy, found.test_accuracy_best_epoch, found.seconds, flops=found.flops)
 
 

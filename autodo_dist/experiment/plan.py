@@ -29,8 +29,8 @@ Budget = Literal["epochs", "flops"]
 Key = tuple[str, str, int, Budget]  # method, cell, seed, budget
 Words = tuple[str, ...]
 
-# Where a run is and what it writes, but for a split file, which is data. run.fork is in a digest as the trial forked.
-_NOT_NUMBERS = tuple(name for name in (*FREE_AT_RESUME, "run.fork") if name != "data.split")
+# Where a run is and what it writes. run.fork is in a digest as the trial forked, data.split as what the file holds.
+_NOT_NUMBERS = (*FREE_AT_RESUME, "run.fork")
 
 
 class Fork(Section):
@@ -121,6 +121,8 @@ class Trial:
     def digest(self) -> str:
         """16 hexadecimal digits that stand for all that its numbers depend on, but for code and pictures."""
         facts: dict[str, Any] = {"settings": numbers(self.config)}
+        if files := {name: _sha256(file) for name, file in _files(self.config).items()}:
+            facts |= {"files": files}
         if self.rival:
             facts |= {"rival": self.rival, "options": dict(self.options)}
         if self.source is not None:
@@ -147,7 +149,7 @@ def read_experiment(file: Path) -> Experiment:
         raise AutodoError(f"experiment {file}: no such file; see configs/experiments")
     try:
         tree = OmegaConf.to_container(OmegaConf.load(file), resolve=True, throw_on_missing=True)
-    except (OmegaConfBaseException, yaml.YAMLError, ValueError, TypeError) as error:
+    except (OmegaConfBaseException, yaml.YAMLError, ValueError, TypeError, OSError) as error:
         raise AutodoError(f"experiment {file}: {one_line(error)}; mend the yaml") from error
     try:
         found = Experiment.model_validate(tree)
@@ -267,6 +269,21 @@ def numbers(config: Config) -> dict[str, Any]:
         if value != about.default and not any(f"{name}.".startswith(f"{free}.") for free in _NOT_NUMBERS):
             found[name] = functools.reduce(lambda part, key: part[key], name.split("."), tree)
     return found
+
+
+def _files(config: Config) -> dict[str, Path]:
+    """Files beside the data set that a run's numbers depend on, by setting."""
+    named = {"data.split": config.data.split, "model.init_from": config.model.init_from}
+    return {name: Path(file) for name, file in named.items() if file is not None}
+
+
+@functools.cache
+def _sha256(file: Path) -> str:
+    """Of what the file holds. AutodoError if it cannot be read."""
+    try:
+        return hashlib.sha256(file.read_bytes()).hexdigest()
+    except OSError as error:
+        raise AutodoError(f"{file}: cannot be read ({error.strerror}); mend data.split or model.init_from") from error
 
 
 def jobs(trials: Sequence[Trial]) -> list[tuple[Trial, ...]]:

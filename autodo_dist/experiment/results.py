@@ -71,18 +71,17 @@ class Standing:
     missing: list[Trial]
 
 
-def standing(trials: Sequence[Trial], lines: Iterable[Line], data: Mapping[str, str] | None = None) -> Standing:
-    """What the lines say of the trials. data: checksum of each data.root; None: not compared."""
-    newest: dict[tuple[str, Key, str], Line] = {}
-    known = set()
+def standing(trials: Sequence[Trial], lines: Iterable[Line], data: Mapping[str, str]) -> Standing:
+    """What the lines say of the trials. data: checksum of each data.root; of one that is not there any will do."""
+    known: dict[tuple[str, Key], list[Line]] = {}
     for line in lines:
-        known.add((line.experiment, line.key))
-        newest[line.experiment, line.key, line.digest] = line
+        known.setdefault((line.experiment, line.key), []).insert(0, line)  # the newest first
     done, other, missing = dict[Key, Line](), list[Trial](), list[Trial]()
     for trial in trials:
-        its = newest.get((trial.experiment, trial.key, trial.digest))
-        if its is not None and (data is None or its.data == data[trial.config.data.root]):
-            done[trial.key] = its
+        its = [line for line in known.get((trial.experiment, trial.key), ()) if line.digest == trial.digest]
+        wanted = data.get(trial.config.data.root)
+        if fitting := [line for line in its if wanted in (None, line.data)]:
+            done[trial.key] = fitting[0]
         else:
             (other if (trial.experiment, trial.key) in known else missing).append(trial)
     return Standing(done, other, missing)

@@ -111,10 +111,10 @@ def check_rivals(trials: Sequence[Trial]) -> None:
     """AutodoError for a rival that there is not, or an option or value that it does not take."""
     wanted = {(trial.rival, tuple(trial.options.items())) for trial in trials if trial.rival}
     if wanted:
-        from autodo_dist.experiment.flops import rivals  # imports torch
+        from autodo_dist.experiment import rivals  # imports torch
 
         for name, options in sorted(wanted):
-            rivals().choose(name, dict(options))
+            rivals.choose(name, dict(options))
 
 
 def describe(found: Standing) -> str:
@@ -126,9 +126,10 @@ def describe(found: Standing) -> str:
 
 
 def newest(request: Request) -> Mapping[Key, Line]:
-    """The lines of the trials as the experiment has them now."""
+    """The lines of the trials as experiment and data sets are now; those of any data set where it is not here."""
     trials = plan(request.experiment, request.extra, request.seeds)
-    return results.standing(trials, results.read_all(request.results)).done
+    here = [trial for trial in trials if (Path(trial.config.data.root) / "manifest.json").is_file()]
+    return results.standing(trials, results.read_all(request.results), checksums(here)).done
 
 
 @contextmanager

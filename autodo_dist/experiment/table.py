@@ -213,7 +213,11 @@ def check_marks(file: Path, name: str) -> None:
 
 def insert(file: Path, name: str, table: str) -> None:
     """Put the table between the marks of that name."""
-    write_text(file, between_marks(_read(file), name, table, file))
+    text = between_marks(_read(file), name, table, file)
+    try:
+        write_text(file, text)
+    except OSError as error:
+        raise AutodoError(f"{file}: cannot be written ({error.strerror})") from error
 
 
 def between_marks(text: str, name: str, table: str, file: Path) -> str:
@@ -229,4 +233,4 @@ def _read(file: Path) -> str:
     try:
         return file.read_text(encoding="utf-8")
     except OSError as error:
-        raise AutodoError(f"--markdown {file}: cannot be read ({error.strerror})") from error
+        raise AutodoError(f"{file}: cannot be read ({error.strerror})") from error

@@ -84,11 +84,16 @@ def serve(connection: Connection, place: Place) -> None:
 
 def make(job: Job, place: Place) -> Iterator[Said]:
     """Make those trials of a job that are not done yet, and say what becomes of each; none after one that failed."""
+    left = {trial.key: trial for trial in job}
     try:
         with results.claimed(place.results, job[0].name) as mine:
-            yield from _make(job, place) if mine else (Said("elsewhere", trial) for trial in job)
+            for said in _make(job, place) if mine else (Said("elsewhere", trial) for trial in job):
+                if said.kind != "begun":
+                    del left[said.trial.key]
+                yield said
     except AutodoError as error:
-        yield Said("failed", job[0], text=str(error))
+        for number, trial in enumerate(left.values()):
+            yield Said("failed", trial, text=NOT_TRIED if number else str(error))
 
 
 def _make(job: Job, place: Place) -> Iterator[Said]:
@@ -126,14 +131,14 @@ def _attempt(trial: Trial, source: Trial | None, first: int, place: Place) -> Sa
             line = measure.measure(trial, source is not None, place.root, data, place.commit)
         with _undisturbed():
             results.append(place.file, line)
+            if not place.keep and (source is None or trial.key != source.key):
+                _forget(trial, place)
     except AutodoError as error:
         _leave_group()
         return Said("failed", trial, text=f"{error}; see {log}")
     except BaseException as error:  # CheckpointException of torch.distributed.checkpoint is no Exception
         what = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
         return Said("failed", trial, text=f"{what}; see {log}", bug=True)
-    if not place.keep and (source is None or trial.key != source.key):
-        _forget(trial, place)
     return Said("done", trial, line)
 
 

@@ -90,7 +90,10 @@ def folds(ids: Ids, label_N: Labels, count: int, seed: int) -> Iterator[tuple[Id
 
     with warnings.catch_warnings():  # of a class with fewer samples than folds: the clean part has it in any case
         warnings.simplefilter("ignore", UserWarning)
-        dealt = list(StratifiedKFold(count, shuffle=True, random_state=seed % 2**32).split(ids, label_N[ids]))
+        try:
+            dealt = list(StratifiedKFold(count, shuffle=True, random_state=seed % 2**32).split(ids, label_N[ids]))
+        except ValueError as error:  # more folds than the most frequent label has pictures
+            raise AutodoError(f"confident_learning: folds = {count}: {error}; lower it") from error
     for inside, outside in dealt:
         yield ids[inside], ids[outside]
 

@@ -64,12 +64,12 @@ class Site:
     split: Split
     ranks: Ranks
 
-    def check_clean(self, rival: str) -> None:
-        """AutodoError where there is no clean part, or it is no longer beside the train part."""
-        if self.config.data.train_on != "train":
+    def check_clean(self, rival: str, train_on: Sequence[str] = ("train",)) -> None:
+        """AutodoError where there is no clean part, or data.train_on is none of those that the rival can take."""
+        if self.config.data.train_on not in train_on:
             raise AutodoError(
                 f"data.train_on = {self.config.data.train_on}: {rival} uses the clean validation part in its own way; "
-                "set data.train_on=train"
+                f"set data.train_on={' or '.join(train_on)}"
             )
         if not len(self.split.validation):
             raise AutodoError(
@@ -152,9 +152,12 @@ def check(config: Config) -> None:
         ("engine.name = deepspeed", config.engine.name != "ddp", "set engine.name=ddp"),
         (f"train.accumulate = {config.train.accumulate}", config.train.accumulate > 1, "set train.accumulate=1"),
         (f"run.fork = {config.run.fork}", bool(config.run.fork), "leave it out"),
+        ("train.on_nonfinite = rollback", config.train.on_nonfinite == "rollback", "set train.on_nonfinite=stop"),
     ):
         if refused:
-            raise AutodoError(f"{name}: rivals train as one rank, from the start, and learn no rows; {cure}")
+            raise AutodoError(
+                f"{name}: rivals train as one rank, from the start, without checkpoints, and learn no rows; {cure}"
+            )
     if config.model.init_from is not None and checkpoint.complete(config.folder / "checkpoints"):
         raise AutodoError(f"model.init_from: {config.folder} holds a run that has begun; take another run.name")
 

@@ -8,7 +8,8 @@ learning rate α, learns Θ from a clean batch of m pictures through a virtual s
 and then takes the real one on (1/n) Σ V(l_i(θ); Θ) l_i(θ), by the run's own optimizer. V reads losses as numbers: no
 gradient goes through its input. The virtual step is plain SGD; BatchNorm uses the batch's statistics in it and leaves
 the running ones alone. The clean pictures come as the trainer's own validation gradient has them: shuffled, with the
-window of evaluation, without logit adjustment.
+window of evaluation, without logit adjustment. The authors train on the train part alone; with data.train_on=all clean
+pictures are trained on, too.
 
 Shapes: B train pictures, M clean ones, C classes.
 """
@@ -48,8 +49,8 @@ class Options:
 
 
 def phases(options: Options, here: Site, parts: Parts) -> list[Phase]:
-    """All epochs on the train part, the clean part being the meta set."""
-    here.check_clean("meta_weight_net")
+    """All epochs on what data.train_on names, the clean part being the meta set."""
+    here.check_clean("meta_weight_net", ("train", "all"))
     for name, refused in (
         ("train.precision = fp16", here.config.train.precision == "fp16"),
         ("train.compile", here.config.train.compile),
