@@ -84,7 +84,7 @@ def evaluate_parts(run: Run) -> None:
     row: dict[str, Any] = {"kind": "evaluation", "step": progress.step, "epoch": progress.epoch + 1}
     with run.clock.phase("evaluation"):
         parts.share_buffers()
-        for name, loader in (("validation", parts.loaders.validation), ("test", parts.loaders.test)):
+        for name, loader in (("validation", parts.loaders.unseen(progress.epoch)), ("test", parts.loaders.test)):
             found = evaluate(
                 parts.evaluated, loader, parts.manifest.classes, parts.dtype, run.ranks, run.before_evaluated
             )

@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from test_autodo import learning
-from test_train import run_train, settings
+from test_train import lines, run_train, settings
 
 from autodo_dist import build, build_data, class_prior
 from autodo_dist.data import order, split
@@ -72,6 +72,17 @@ def test_an_epoch_trains_on_all_but_the_fold_that_judges_it(digits: Path, tmp_pa
     assert np.array_equal(np.sort(np.concatenate(seen[:3])), parts.validation)
     assert all(np.array_equal(seen[epoch], seen[epoch + 3]) for epoch in range(3))
     assert np.array_equal(loaders.hyper.ids, parts.train)
+
+
+def test_an_epoch_is_evaluated_on_the_fold_that_it_left_out(digits: Path, tmp_path: Path, manifest: Manifest) -> None:
+    tree = learning(digits, tmp_path, **FOLDED, learn__augment="none")
+    _, loaders = loaders_of(tree, manifest)
+    for epoch in range(4):
+        assert not np.intersect1d(
+            loaders.unseen(epoch).ids, order.present(loaders.task.ids, loaders.task.absent, epoch)
+        ).size
+    evaluations = [row for row in lines(run_train(tree)) if row["kind"] == "evaluation"]
+    assert [row["validation_pictures"] for row in evaluations] == [len(loaders.unseen(epoch).ids) for epoch in range(2)]
 
 
 def test_clean_pictures_have_true_labels_and_train_pictures_given_ones(

@@ -146,12 +146,15 @@ class Loader:
         self._label_N = torch.from_numpy(label_N.astype(np.int64))
         self._pixels = pixels(-(-batch_size // ranks))
 
-    def over(self, ids: Ids, label_N: npt.NDArray[np.int32]) -> Loader:
-        """The same stream of other samples, with these labels by id. It shares its pixels: one of both at a time."""
+    def over(self, ids: Ids, label_N: npt.NDArray[np.int32] | None = None) -> Loader:
+        """The same stream of other samples, with other labels by id where they are given. It shares its pixels: one of
+        both at a time.
+        """
         other = copy.copy(self)
         other.ids, other.absent = ids, ()
         other.steps = other._steps()
-        other._label_N = torch.from_numpy(label_N.astype(np.int64))
+        if label_N is not None:
+            other._label_N = torch.from_numpy(label_N.astype(np.int64))
         return other
 
     def labels(self, ids: Ids) -> torch.Tensor:
