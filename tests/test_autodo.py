@@ -582,5 +582,5 @@ def test_rows_fetched_ahead_are_those_of_the_plain_order(
 def test_a_table_that_cannot_fit_is_refused(digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With the settings that help, before a byte of it is made."""
     monkeypatch.setattr("autodo_dist.build.memory_of", lambda device, ranks: 100_000.0)
-    with pytest.raises(AutodoError, match=r"row table: .* do not fit into .*; try .*hyper.table_dtype=bfloat16"):
+    with pytest.raises(AutodoError, match=r"row table: .* does not fit into .*; try .*hyper.table_dtype=bfloat16"):
         run_train(learning(digits, tmp_path))
