@@ -4,8 +4,8 @@ K networks, each trained with the run's own settings on all folds of the train p
 the class probabilities of the fold that they did not see; cleanlab's `filter.find_label_issues` (Northcutt, Jiang &
 Chuang, JAIR 2021) names the labels that are likely wrong. The last training sees what is left and the clean part.
 Folds have the train part's given labels in equal shares. Probabilities are those of the train loss, logit adjustment
-included, as networks trained without it would give them: a model of the labels that were trained on. A picture that has none, as it
-does not decode or train.steps_per_pass cuts passes off, is kept.
+included, as networks trained without it would give them: a model of the labels that were trained on. A picture that
+has none, as it does not decode or train.steps_per_pass cuts passes off, is kept.
 
 Shapes: N train samples, C classes.
 """
