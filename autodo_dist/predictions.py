@@ -90,7 +90,8 @@ def suggest(rows_n: npt.NDArray[np.void], sum_CC: npt.NDArray[np.float64]) -> tu
     By Bayes' rule p(c)·Q(y, c) / Σ_c p(c)·Q(y, c): p is what the picture says, Q(y, ·) how often which label is true
     where y was given, estimated as the mean of p over all pictures with that label (the soft confusion matrix, of
     which sum_CC holds the sums). So where the given labels are mostly right, it takes much to overrule y, and where one
-    class is often mistaken for another, little to name that one. Over the likeliest labels and y.
+    class is often mistaken for another, little to name that one. It takes p to be of balanced classes, as logit
+    adjustment makes it: p of a network that learnt the class shares counts them twice. Over the likeliest labels and y.
     """
     counts_C1 = sum_CC.sum(1, keepdims=True)
     q_CC = np.divide(sum_CC, counts_C1, out=np.full_like(sum_CC, 1 / len(sum_CC)), where=counts_C1 > 0)

@@ -13,6 +13,7 @@ import pytest
 import torch
 from cleanlab.filter import find_label_issues
 from test_train import run_train, settings, weights
+from torch.utils.flop_counter import FlopCounterMode
 
 from autodo_dist.build import Parts
 from autodo_dist.build_data import build_split, read_data
@@ -20,7 +21,7 @@ from autodo_dist.config import Config
 from autodo_dist.data.loader import Batch
 from autodo_dist.errors import AutodoError
 from autodo_dist.experiment import rivals
-from autodo_dist.experiment.rivals import confident_learning, elr, fine_tune, loop
+from autodo_dist.experiment.rivals import confident_learning, elr, fine_tune, loop, meta_weight_net
 from autodo_dist.experiment.rivals.loop import Phase, Rule, Site, fit, parts_of, phase, plain, site
 from autodo_dist.load_config import check_config
 
@@ -291,6 +292,17 @@ def test_operations_are_those_of_the_layers(digits: Path) -> None:
     done = rivals.run(config, "confident_learning", {"folds": 2}).flops
     assert done <= found
     assert (found - done) / step == pytest.approx(round((found - done) / step))
+
+
+@pytest.mark.parametrize("train_on", ["train", "all"])
+def test_operations_of_meta_weight_net_are_those_of_its_training(digits: Path, train_on: str) -> None:
+    """Its virtual step has no formula as short as a layer's, so every step of a training is counted."""
+    config = config_of(digits, data__train_on=train_on)
+    with opened(config) as (here, parts):
+        phases = meta_weight_net.phases(meta_weight_net.Options(), here, parts)
+        with FlopCounterMode(display=False) as counter:
+            fit(parts, phases, here.ranks)
+    assert counter.get_total_flops() == rivals.flops(config, "meta_weight_net", {})
 
 
 @pytest.mark.parametrize(
