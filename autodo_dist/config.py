@@ -429,6 +429,18 @@ class Learn(Section):
         return self.augment != "none" or self.weight or self.soft_label
 
 
+# The settings that some solvers of the inverse Hessian do not read.
+SOLVED_WITH = {
+    "hessian": ("neumann",),
+    "terms": ("neumann",),
+    "neumann_step": ("neumann",),
+    "power_iterations": ("neumann",),
+    "damping": ("cg", "fisher"),
+    "cg_iterations": ("cg",),
+    "cg_tolerance": ("cg",),
+}
+
+
 class Hyper(Section):
     start_epoch: int = Field(50, ge=0, description="E: epochs before the first hyper pass; the paper: 100 on ImageNet")
     lr: float = Field(0.05, gt=0, description="peak learning rate of RMSprop on the rows; the paper: 0.01 on ImageNet")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from autodo_dist.config import LAYERWISE, READ_BY, Config, Data, Engine, Optim
+from autodo_dist.config import LAYERWISE, READ_BY, RECIPES, SOLVED_WITH, Config, Data, Engine, Hyper, Optim
 from autodo_dist.errors import AutodoError
 
 
@@ -22,6 +22,20 @@ def check_consistent(config: Config) -> None:
         check_learning(config)
     elif config.history.ids:
         raise AutodoError("history.ids: nothing is learnt of any sample, so there are no rows to keep; leave it out")
+
+
+def remarks(config: Config) -> list[str]:
+    """What may not be as it was meant, though nothing is wrong: a line for each."""
+    found = []
+    for section, preset in RECIPES.get(str(config.recipe), {}).items():
+        for name, wanted in preset.items():
+            if (value := getattr(getattr(config, section), name)) != wanted:
+                found.append(f"{section}.{name} = {value} is set, and not {wanted} as in recipe: {config.recipe}")
+    for name, readers in SOLVED_WITH.items():
+        value = getattr(config.hyper, name)
+        if config.learn.anything and config.solver not in readers and value != Hyper.model_fields[name].default:
+            found.append(f"hyper.{name} = {value} is not read: hyper.solver = {config.solver}")
+    return found
 
 
 def check_data(config: Config) -> None:

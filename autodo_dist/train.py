@@ -17,6 +17,7 @@ from autodo_dist import class_prior, curves, engine_settings, heartbeat, ledger,
 from autodo_dist.build import Parts, build, check_device, choose_device
 from autodo_dist.build_data import read_data
 from autodo_dist.config import Config
+from autodo_dist.config_checks import remarks
 from autodo_dist.data.loader import Batch, Loader
 from autodo_dist.data.manifest import Manifest
 from autodo_dist.errors import AutodoError
@@ -100,6 +101,8 @@ def attempt(
     clock.lap("restore")
     parts_of_start = [f"{phase} {clock.seconds[phase]:.1f} s" for phase in START if phase in clock.seconds]
     log.info("started: %s", ", ".join(parts_of_start))
+    for remark in remarks(config):
+        log.info(remark)
     total = total_steps(config, parts, progress)
     note_start(config, parts, progress, total, clock, ranks)
     clock.carry(progress.seconds)

@@ -8,6 +8,7 @@ import pytest
 import yaml
 
 from autodo_dist.config import Config, differences, settings
+from autodo_dist.config_checks import remarks
 from autodo_dist.errors import AutodoError
 from autodo_dist.load_config import check_config, load_config
 
@@ -101,3 +102,14 @@ def test_a_recipe_lies_under_what_is_given() -> None:
     assert differences(check_config(spelt_out, "test"), ours) == []
     with pytest.raises(AutodoError, match="recipe = 'ours'"):
         check_config({"recipe": "ours", "data": data}, "test")
+
+
+def test_what_may_not_be_as_it_was_meant_is_said() -> None:
+    root = Path(__file__).resolve().parents[1]
+    assert remarks(load_config(root / "configs/digits.yaml", ["recipe=autodo"])) == [
+        "learn.augment = per_sample is set, and not shared as in recipe: autodo",
+        "hyper.terms = 50 is not read: hyper.solver = identity",
+        "hyper.power_iterations = 10 is not read: hyper.solver = identity",
+    ]
+    for name in ("digits", "imagenet_r18", "imagenet_r18_paper", "imagenet_r50_deepspeed"):
+        assert not remarks(load_config(root / f"configs/{name}.yaml", ["data.root=somewhere"]))
