@@ -469,13 +469,13 @@ def fits(work: Workload, cluster: Cluster) -> bool:
 def collectives(work: Workload, ranks: int, step: Step) -> list[Collective]:
     """Every collective of a step; renewals of the validation gradient spread over the steps that share one."""
     local = work.batch_size / ranks
-    found = fetch_rows(work, local, ranks) if work.learns else []
+    found = fetch_rows(work, local, ranks, step) if work.learns else []
     if step != "hyper":
         found += gradients(work)
     if step != "task":
-        found += [*curvature(work, local), *validation(work, step), *apply_rows(work, local, ranks)]
+        found += [*curvature(work, local), *validation(work, step), *apply_rows(work, local, ranks, step)]
     if work.ensembles and step != "hyper":
-        found += travel(work, "predictions", work.classes, max(4, work.bytes_per_value), local, ranks)
+        found += travel(work, "predictions", work.classes, max(4, work.bytes_per_value), local, ranks, step)
     if work.learns and work.normalize_weights:
         size = work.bytes_per_number
         found += [Collective("mean weight", "all_reduce", size, 2.0 if step == "shared" else 1.0)]
@@ -493,27 +493,31 @@ def gradients(work: Workload) -> list[Collective]:
     return found
 
 
-def fetch_rows(work: Workload, local: float, ranks: int) -> list[Collective]:
+def fetch_rows(work: Workload, local: float, ranks: int, step: Step) -> list[Collective]:
     """8·R + b·(8 + P·bytes_per_value) bytes on every rank, of which (R − 1)/R leave it: ids there, values back."""
-    return travel(work, "rows fetched", work.row_width, work.bytes_per_value, local, ranks) if work.row_width else []
+    if not work.row_width:
+        return []
+    return travel(work, "rows fetched", work.row_width, work.bytes_per_value, local, ranks, step)
 
 
-def apply_rows(work: Workload, local: float, ranks: int) -> list[Collective]:
+def apply_rows(work: Workload, local: float, ranks: int, step: Step) -> list[Collective]:
     """Ids and gradients to their owners. A bfloat16 table is computed in float32, and its gradients travel so."""
     found = [Collective("count of bad rows", "all_reduce", COUNT, behind="step")]
     if work.row_width:
-        found += travel(work, "row gradients", work.row_width, max(4, work.bytes_per_value), local, ranks)
+        found += travel(work, "row gradients", work.row_width, max(4, work.bytes_per_value), local, ranks, step)
     if work.shared_width:
         size, share = work.shared_width * work.bytes_per_number, 1 / work.validation_every
         found.append(Collective("shared row", "all_reduce", size, share))
     return found
 
 
-def travel(work: Workload, part: str, width: int, bytes_per_value: int, local: float, ranks: int) -> list[Collective]:
+def travel(
+    work: Workload, part: str, width: int, bytes_per_value: int, local: float, ranks: int, step: Step
+) -> list[Collective]:
     """One way of so many values for each sample of a batch: lengths, ids, values. They go on a thread beside the step
     (parallel/row_queue.py), for which the next step has to wait where it stepped a row shared by all samples.
     """
-    waiting = 1 / work.validation_every if work.shared_width else 0.0
+    waiting = 1 / work.validation_every if work.shared_width and step != "task" else 0.0
     shares: tuple[tuple[float, Literal["", "step"]], ...] = ((waiting, ""), (1 - waiting, "step"))
     return [
         Collective(name, "all_to_all", size, share, behind)
