@@ -144,7 +144,7 @@ def test_rows_are_within_the_promise() -> None:
 
 def travelling(work: Workload, local: float, ranks: int) -> list[Collective]:
     """The all-to-alls of one fetch and one update."""
-    both = [*planning.fetch_rows(work, local, ranks), *planning.apply_rows(work, local, ranks)]
+    both = [*planning.fetch_rows(work, local, ranks, "hyper"), *planning.apply_rows(work, local, ranks, "hyper")]
     return [call for call in both if call.kind == "all_to_all"]
 
 
