@@ -55,7 +55,7 @@ class Loaders:
     def unseen(self, epoch: int) -> Loader:
         """The clean pictures that the epoch does not train on: all of them, or its fold."""
         folds_F = self.task.absent
-        return self.validation.over(folds_F[epoch % len(folds_F)]) if folds_F else self.validation
+        return self.validation.over(order.left_out(folds_F, epoch)) if folds_F else self.validation
 
     def validations(self, epoch: int, done: int = 0) -> Iterator[Batch]:
         """The validation batches of an epoch's hyper steps, those after the first `done`."""

@@ -57,7 +57,12 @@ def shuffled(ids: Ids, seed: int, epoch: int, pass_: Pass) -> Ids:
 
 def present(ids: Ids, absent: Sequence[Ids], epoch: int) -> Ids:
     """The ids of an epoch, sorted: without those of `absent` whose turn it is, one after another."""
-    return np.setdiff1d(ids, absent[epoch % len(absent)], assume_unique=True) if absent else ids
+    return np.setdiff1d(ids, left_out(absent, epoch), assume_unique=True) if absent else ids
+
+
+def left_out(absent: Sequence[Ids], epoch: int) -> Ids:
+    """The ids whose turn it is to be absent from an epoch."""
+    return absent[epoch % len(absent)]
 
 
 def fewest(ids: Ids, absent: Sequence[Ids]) -> int:

@@ -41,8 +41,8 @@ def measure(trial: Trial, forked: bool, root: Path, data: str, commit: str | Non
     mend.
     """
     config = budgeted(trial)
-    config = placed(trial, config, root)
-    came = _rival(trial, config) if trial.rival else _trainer(trial, config, root)
+    run = placed(trial, config, root)  # FLOPs are counted of the settings without a place, which trials share
+    came = _rival(trial, run) if trial.rival else _trainer(trial, run, root)
     return Line(
         experiment=trial.experiment,
         method=trial.method,
