@@ -107,19 +107,29 @@ def trained_on(split: Split, manifest: Manifest, what: Literal["train", "all", "
 def clean_folds(config: Config, manifest: Manifest, split: Split) -> tuple[Ids, ...]:
     """The folds of the clean validation part that epochs leave out in turn; none where it is not trained on.
 
-    AutodoError if a class has fewer pictures than there are folds.
+    AutodoError if there are more folds than pictures.
     """
     count = config.learn.clean_folds
     if not count:
         return ()
-    label_N, classes = manifest.label_N, manifest.classes
-    counts = np.bincount(label_N[split.validation], minlength=len(classes))
-    if counts.min() < count:
+    if len(split.validation) < count:
         raise AutodoError(
-            f"learn.clean_folds = {count}: class {classes[counts.argmin()]} has {counts.min()} clean pictures, not one "
-            f"for each fold; lower it, or {MORE_CLEAN}"
+            f"learn.clean_folds = {count}: there are {len(split.validation)} clean pictures; lower it, or {MORE_CLEAN}"
         )
-    return folds(split.validation, label_N, len(classes), count, config.train.seed)
+    return folds(split.validation, manifest.label_N, len(manifest.classes), count, config.train.seed)
+
+
+def warn_of_scarce(folds_F: tuple[Ids, ...], manifest: Manifest, split: Split) -> None:
+    """Say where a class has fewer clean pictures than there are folds."""
+    counts = np.bincount(manifest.label_N[split.validation], minlength=len(manifest.classes))
+    if len(folds_F) > counts.min():
+        log.warning(
+            "class %s has %d clean pictures for %d folds: in the other epochs nothing is learnt by it; %s",
+            manifest.classes[counts.argmin()],
+            counts.min(),
+            len(folds_F),
+            f"lower learn.clean_folds, or {MORE_CLEAN}",
+        )
 
 
 def check_split(config: Config, manifest: Manifest, split: Split) -> None:
@@ -180,6 +190,7 @@ def build_loaders(config: Config, manifest: Manifest, split: Split, ranks: Ranks
     """A loader for each use; only train pictures have the given labels, only what is trained on gets the policy."""
     data, clean = config.data, split.validation
     folds_F = clean_folds(config, manifest, split)
+    warn_of_scarce(folds_F, manifest, split)
     crop = Crop(data.crop, data.crop_area, data.crop_padding, data.image_size, data.evaluation_crop, data.flip)
     policy, pixels, dropped = build_policy(config), build_pixels(config, ranks.device), build_dropped(config, manifest)
     plain = Finish(crop, data.mean, data.std)

@@ -543,7 +543,7 @@ class Launch(Section):
 RECIPES: dict[str, dict[str, dict[str, Any]]] = {
     "autodo": {
         "train": {"logit_adjustment": 1.0},
-        "learn": {"augment": "shared", "weight": True, "soft_label": True, "clean_folds": 5, "ensembling": 0.7},
+        "learn": {"augment": "shared", "weight": True, "soft_label": True, "clean_folds": 10, "ensembling": 0.7},
         "hyper": {"start_epoch": 5, "lr": 0.01, "solver": "identity", "validation_every": 8},
     },
     "paper": {

@@ -113,7 +113,7 @@ def check_clean(config: Config) -> None:
     if train_on != "train" and learn.anything:
         raise AutodoError(
             f"data.train_on = {train_on}: rows are learnt from clean pictures that are not trained on at the time; "
-            "leave it out, and set learn.clean_folds (5 in recipe: autodo) to train on the clean part in turn"
+            "leave it out, and set learn.clean_folds (10 in recipe: autodo) to train on the clean part in turn"
         )
     if learn.clean_folds and not learn.anything:
         raise AutodoError(f"learn.clean_folds = {learn.clean_folds}: nothing is learnt; set data.train_on=all instead")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 from pathlib import Path
 from typing import Any
 
@@ -205,7 +206,21 @@ def test_a_class_without_a_label_has_a_finite_share() -> None:
     torch.testing.assert_close(found_C, torch.tensor([2 / 5, 1 / 5, 2 / 5]).log())
 
 
-# --- what is refused
+# --- what is refused, and what is not
+
+
+def test_a_class_with_fewer_clean_pictures_than_folds_is_in_some(
+    digits: Path, tmp_path: Path, manifest: Manifest, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Every picture is in one fold, and the folds differ by one picture at most; a line says that they lack a class."""
+    tree = learning(digits, tmp_path, **FOLDED | {"learn__clean_folds": 50})
+    _, loaders = loaders_of(tree, manifest)
+    folds = loaders.task.absent
+    assert np.array_equal(np.sort(np.concatenate(folds)), loaders.validation.ids)
+    sizes = [len(fold) for fold in folds]
+    assert max(sizes) - min(sizes) <= 1
+    assert min(len(np.unique(manifest.label_N[fold])) for fold in folds) < 10
+    assert re.search(r"class \d has \d+ clean pictures for 50 folds: in the other epochs", caplog.text)
 
 
 @pytest.mark.parametrize(
@@ -214,7 +229,7 @@ def test_a_class_without_a_label_has_a_finite_share() -> None:
         ({"learn__clean_folds": 1}, r"learn.clean_folds = 1: no clean picture would be trained on; set 0, or 2"),
         (
             {"learn__clean_folds": 500},
-            r"learn.clean_folds = 500: class \d has \d+ clean pictures, not one for each fold",
+            r"learn.clean_folds = 500: there are \d+ clean pictures; lower it, or raise data.validation_fraction",
         ),
         ({"data__train_on": "all"}, r"data.train_on = all: rows are learnt from clean pictures .* learn.clean_folds"),
     ],

@@ -92,7 +92,7 @@ def test_a_recipe_lies_under_what_is_given() -> None:
     ours = check_config({"recipe": "autodo", "data": data, "hyper": {"lr": 0.5}}, "test")
     assert ours.learn.weight
     assert ours.learn.soft_label
-    assert (ours.learn.clean_folds, ours.train.logit_adjustment) == (5, 1.0)
+    assert (ours.learn.clean_folds, ours.train.logit_adjustment) == (10, 1.0)
     assert (ours.hyper.lr, ours.hyper.solver, ours.learn.ensembling) == (0.5, "identity", 0.7)
     paper = check_config({"recipe": "paper", "compat": "autodo2021", "data": data}, "test")
     assert (paper.learn.augment, paper.learn.smoothing, paper.learn.clean_folds) == ("per_sample", 0.05, 0)

@@ -162,13 +162,11 @@ def test_the_users_own_commands_are_preempted_and_end_complete(
 ) -> None:
     """Two epochs: 20 steps of ResNet-18, followed to the end, and 4 of ResNet-50, with a hyper step in each.
 
-    Overrides for data (five clean pictures of a class, one for each fold), device and steps only: batches are the
-    files' own 256 and 1,024. The network sees the pictures of 64 pixels at 32, as two cores take 2.7 s a step of
-    ResNet-18 at 64.
+    Overrides for data, device and steps only: batches are the files' own 256 and 1,024. The network sees the pictures
+    of 64 pixels at 32, as two cores take 2.7 s a step of ResNet-18 at 64.
     """
     some = [f"data.root={thousand}", f"data.image_size={SIDE // 2}", "train.device=cpu", f"run.root={tmp_path}"]
     some += [
-        "data.validation_fraction=0.42",
         "train.epochs=2",
         "train.evaluate_every=2",
         "optim.warmup_epochs=0",
