@@ -202,9 +202,9 @@ def test_padded_window_is_a_whole_picture_shifted_by_whole_pixels(
 ) -> None:
     window = training_window(stream(seed, 0, "task", id_), height, width, padded(padding, image_size))
     assert (window.height, window.width) == (1, 1)
-    for start in (window.top, window.left):
-        assert abs(start * image_size) <= padding + 1e-9
-        assert math.isclose(start * image_size, round(start * image_size), abs_tol=1e-9)
+    for start, side in ((window.top, height), (window.left, width)):
+        assert math.isclose(start * side, round(start * side), abs_tol=1e-9)
+        assert abs(start * side) <= padding * side / image_size + 0.5 + 1e-9
 
 
 def test_padded_window_reaches_every_shift() -> None:

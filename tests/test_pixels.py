@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from autodo_dist.data.dali import DaliPixels, DaliWindows
-from autodo_dist.data.order import Crop
+from autodo_dist.data.order import Crop, stream, training_window
 from autodo_dist.data.pixels import Finish, Pictures, Pixels
 from autodo_dist.data.shards import Encoded
 from autodo_dist.data.torchvision_pixels import PilWindows, TorchvisionPixels
@@ -120,6 +120,26 @@ def test_windows_are_resized_alike(kind: Any, side: int) -> None:
     difference = (255 * (by_dali - on_a_gpu) * torch.tensor(STD)[:, None, None]).abs()
     assert float(difference.mean()) < 0.3
     assert float(difference.max()) < 4.01
+
+
+@pytest.mark.parametrize("side", [8, 15, 16, 32])
+def test_shifts_of_half_a_pixel_are_rounded_alike(side: int) -> None:
+    """Pictures smaller than the input: a shift by whole pixels of the input is by parts of theirs."""
+    crop = Crop("padded", (0.1, 1.0), 4, 32, 1.0, flip=False)
+    image = natural().resize((side, side))
+    bordered = np.pad(np.asarray(image), ((4, 4), (4, 4), (0, 0)))
+    drawn = [training_window(stream(0, 0, "task", id_), side, side, crop) for id_ in range(40)]
+    window = Pictures(
+        [encoded(image, "PNG")] * len(drawn),
+        np.array([(each.top, each.left) for each in drawn], np.float32),
+        np.array([(each.height, each.width) for each in drawn], np.float32),
+        np.zeros(len(drawn), np.int32),
+    )
+    for windows in (DaliWindows(crop, len(drawn), 1), PilWindows(2)):
+        for found, each in zip(windows.decode(window), drawn, strict=True):
+            top, left = 4 + round(each.top * side), 4 + round(each.left * side)
+            shifted = bordered[top : top + side, left : left + side]
+            assert np.array_equal(found.permute(1, 2, 0).numpy(), shifted)
 
 
 @pytest.mark.parametrize("flip", [0, 1])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,7 +14,6 @@ from autodo_dist.data.decode import Decoder, Pipeline
 from autodo_dist.data.order import Crop
 from autodo_dist.data.pixels import Finish, Pictures
 from autodo_dist.data.shards import Encoded
-from autodo_dist.data.torchvision_pixels import window
 from autodo_dist.errors import DecodeError
 
 SHARES: dict[str, Any] = {"axis_names": "HW", "normalized_anchor": True, "normalized_shape": True}
@@ -79,15 +78,15 @@ class DaliWindows:
     """Windows through DALI on the CPU; see Batches."""
 
     def __init__(self, crop: Crop, most: int, threads: int) -> None:
-        self._batches = Batches(_decoded, crop, False, most=most, threads=threads, gpu=None)
-        self._whole, self.fault = crop.kind == "padded", self._batches.fault
+        self._batches = Batches(_windows, crop, False, most=most, threads=threads, gpu=None)
+        self.fault = self._batches.fault
 
-    def decode(self, pictures: Pictures) -> list[torch.Tensor]:
+    def decode(self, pictures: Pictures) -> Sequence[torch.Tensor] | torch.Tensor:
         """See Windows."""
-        feed = {} if self._whole else {"origin": pictures.origin_B2, "size": pictures.size_B2}
-        decoded = self._batches.run(pictures.encoded, **feed)
-        images = [torch.from_dlpack(decoded[at]).permute(2, 0, 1) for at in range(len(pictures))]
-        return [window(image, pictures, at) for at, image in enumerate(images)] if self._whole else images
+        found = self._batches.run(pictures.encoded, origin=pictures.origin_B2, size=pictures.size_B2)
+        if found.is_dense_tensor():
+            return torch.from_dlpack(found.as_tensor()).permute(0, 3, 1, 2)
+        return [torch.from_dlpack(found[at]).permute(2, 0, 1) for at in range(len(pictures))]
 
 
 def _headers() -> Any:
@@ -105,26 +104,21 @@ def _inputs(pictures: Pictures, finish: Finish) -> dict[str, Any]:
     return found
 
 
-def _decoded(crop: Crop, gpu: bool) -> Any:
-    """The windows of a batch; where they may reach outside, which the decoder cannot, the whole pictures."""
+def _windows(crop: Crop, gpu: bool) -> Any:
+    """The windows of a batch; where they may reach outside, which the decoder cannot cut, of the whole pictures."""
     encoded = fn.external_source(name="encoded", dtype=types.UINT8, ndim=1)
-    device = "mixed" if gpu else "cpu"
-    if crop.kind == "padded":
-        return fn.decoders.image(encoded, device=device, output_type=types.RGB)
-    return fn.decoders.image_slice(encoded, *_places(), device=device, output_type=types.RGB, **SHARES)
-
-
-def _places() -> tuple[Any, Any]:
     origin, size = (fn.external_source(name=name, dtype=types.FLOAT, ndim=1) for name in ("origin", "size"))
-    return origin, size
+    device = "mixed" if gpu else "cpu"
+    if crop.kind != "padded":
+        return fn.decoders.image_slice(encoded, origin, size, device=device, output_type=types.RGB, **SHARES)
+    whole = fn.decoders.image(encoded, device=device, output_type=types.RGB)
+    return fn.slice(whole, origin, size, out_of_bounds_policy="pad", fill_values=0, **SHARES)
 
 
 def _graph(finish: Finish, gpu: bool) -> Any:
     """What DALI does to a batch."""
     crop = finish.crop
-    images = _decoded(crop, gpu)
-    if crop.kind == "padded":
-        images = fn.slice(images, *_places(), out_of_bounds_policy="pad", fill_values=0, **SHARES)
+    images = _windows(crop, gpu)
     flip = fn.external_source(name="flip", dtype=types.INT32, ndim=0)
     images = fn.resize(images, size=[crop.image_size, crop.image_size], antialias=True)
     if finish.operations:

@@ -92,11 +92,13 @@ def training_window(generator: np.random.Generator, height: int, width: int, cro
 
     resized: an area share from crop.area and an aspect ratio log-uniform in [3/4, 4/3], ten tries, then the largest
     centred window within those ratios (Inception's crop, Szegedy et al. 2015). padded: a shift by up to crop.padding
-    pixels over a zero border.
+    pixels of the input over a zero border, rounded to whole pixels of the picture.
     """
     flip = bool(generator.random() < 0.5) and crop.flip
     if crop.kind == "padded":
-        top, left = (generator.integers(-crop.padding, crop.padding + 1, size=2) / crop.image_size).tolist()
+        down, right = generator.integers(-crop.padding, crop.padding + 1, size=2).tolist()
+        # Whole pixels of the picture: DALI rounds both ends of a window, and half a pixel would make it one larger.
+        top, left = round(down * height / crop.image_size) / height, round(right * width / crop.image_size) / width
         return Window(top, left, 1.0, 1.0, flip)
     if crop.kind == "whole":
         return Window(0.0, 0.0, 1.0, 1.0, flip)

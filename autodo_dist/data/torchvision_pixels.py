@@ -6,6 +6,7 @@ here, and PIL does where DALI is not installed. Their windows are the same, bit 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Protocol
@@ -23,8 +24,10 @@ from autodo_dist.errors import DecodeError
 class Windows(Protocol):
     """Decodes pictures, and cuts the windows out."""
 
-    def decode(self, pictures: Pictures) -> list[torch.Tensor]:
-        """The windows, 3 × h × w uint8 each, valid until the next call. DecodeError if a picture does not decode."""
+    def decode(self, pictures: Pictures) -> Sequence[torch.Tensor] | torch.Tensor:
+        """The windows, 3 × h × w uint8 each or B × 3 × h × w, valid until the next call. DecodeError if a picture does
+        not decode.
+        """
 
     def fault(self, encoded: Encoded) -> str | None:
         """See Pixels."""
@@ -45,18 +48,18 @@ class TorchvisionPixels:
         side, count = self.finish.crop.image_size, len(pictures)
         images = torch.empty(count, 3, side, side)
         windows = self.windows.decode(pictures)
-        alike = len({window.shape for window in windows}) == 1
+        alike = isinstance(windows, torch.Tensor) or len({window.shape for window in windows}) == 1
         size = -(-count // self._count) if alike else 1
         parts = [slice(start, start + size) for start in range(0, count, size)]
         for _ in self._threads.map(partial(self._finish, images, pictures, windows), parts):
             pass
         return images
 
-    def _finish(self, images: torch.Tensor, pictures: Pictures, windows: list[torch.Tensor], part: slice) -> None:
+    def _finish(
+        self, images: torch.Tensor, pictures: Pictures, windows: Sequence[torch.Tensor] | torch.Tensor, part: slice
+    ) -> None:
         """Resize, mirror, do the policy's operations, normalise, erase pictures of one shape, into `images`."""
-        # Decoders give pixels side by side, from which torchvision resizes twice as fast; plain stacking would undo it.
-        together = torch.stack([window.permute(1, 2, 0) for window in windows[part]]).permute(0, 3, 1, 2)
-        done = F.resize(together, list(images.shape[2:]), antialias=True)
+        done = F.resize(_together(windows[part]), list(images.shape[2:]), antialias=True)
         flip_b, drawn = pictures.flip_B[part], pictures.drawn
         if flip_b.any():
             done = torch.where(torch.from_numpy(flip_b).bool()[:, None, None, None], done.flip(3), done)
@@ -67,6 +70,15 @@ class TorchvisionPixels:
         if self.finish.erases and drawn is not None:
             for image, (top, left, height, width) in zip(images[part], drawn.erased_B4[part].tolist(), strict=True):
                 image[:, top : top + height, left : left + width] = 0
+
+
+def _together(windows: Sequence[torch.Tensor] | torch.Tensor) -> torch.Tensor:
+    """Windows of one shape as one tensor, with pixels side by side as decoders give them: torchvision resizes these
+    twice as fast, and plain stacking would undo it.
+    """
+    if isinstance(windows, torch.Tensor):
+        return windows
+    return torch.stack([window.permute(1, 2, 0) for window in windows]).permute(0, 3, 1, 2)
 
 
 class PilWindows:
