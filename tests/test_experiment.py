@@ -368,6 +368,28 @@ def test_a_run_is_kept_for_its_forks_and_made_again_where_one_is_missing(
     assert made.did == [source, "made E1", "forgot E1", "forgot plain"]
 
 
+def test_the_same_training_is_not_made_again_for_equal_flops(digits: Path, tmp_path: Path) -> None:
+    """Label smoothing costs nothing, so its epochs are those as set; of the clean part alone there are more."""
+    from autodo_dist.experiment.measure import as_at_equal_epochs
+
+    methods = {
+        "plain": {"settings": PLAIN, "ours": True},
+        "smooth": {"settings": [*PLAIN, "train.label_smoothing=0.1"]},
+        "clean": {"settings": [*PLAIN, "data.train_on=clean"]},
+    }
+    settings = [*(word for word in SHORT if "steps" not in word), f"data.root={digits}"]
+    each = trials(tmp_path, seeds=1, settings=settings, methods=methods, budgets=["epochs", "flops"])
+    found = {trial.key[::3]: trial for trial in each}
+    lines, data = [line_of(trial) for trial in each if trial.budget == "epochs"], line_of(each[0]).data
+    smooth = found["smooth", "flops"]
+    line = as_at_equal_epochs(smooth, lines, data)
+    assert line == line_of(found["smooth", "epochs"], budget="flops", digest=smooth.digest)
+    assert as_at_equal_epochs(smooth, lines, "another") is None
+    assert as_at_equal_epochs(smooth, [line_of(found["plain", "epochs"])], data) is None
+    assert as_at_equal_epochs(found["smooth", "epochs"], lines, data) is None
+    assert as_at_equal_epochs(found["clean", "flops"], lines, data) is None
+
+
 @pytest.mark.parametrize("error", [AutodoError("x is y"), ValueError("of ours")])
 def test_what_follows_a_failure_in_a_job_is_not_tried(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception

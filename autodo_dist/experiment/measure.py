@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import shutil
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from autodo_dist.errors import AutodoError
 from autodo_dist.experiment import rivals
 from autodo_dist.experiment.flops import budgeted, trial_flops
 from autodo_dist.experiment.plan import Trial
-from autodo_dist.experiment.results import Line
+from autodo_dist.experiment.results import Line, standing
 from autodo_dist.files import read_json, read_json_lines
 from autodo_dist.label_errors import measures, scores, suggestions
 from autodo_dist.learnt import open_source, read_columns
@@ -64,6 +65,17 @@ def measure(trial: Trial, forked: bool, root: Path, data: str, commit: str | Non
         flops=came.flops or trial_flops(trial, config),
         curve=tuple((epoch, _percent(share)) for epoch, share in came.curve) if forked or trial.source else (),
     )
+
+
+def as_at_equal_epochs(trial: Trial, lines: Sequence[Line], data: str) -> Line | None:
+    """The line of a trial whose FLOPs are ours at the epochs as set, from that of the same training at equal epochs;
+    None where there is no such line, or the epochs are others.
+    """
+    if trial.budget == "epochs" or budgeted(trial) != trial.config:
+        return None
+    twin = replace(trial, budget="epochs")
+    line = standing([twin], lines, {trial.config.data.root: data}).done.get(twin.key)
+    return line and line.model_copy(update={"budget": trial.budget, "digest": trial.digest})
 
 
 def train_source(trial: Trial, first: int, root: Path) -> Path:

@@ -127,8 +127,10 @@ def _attempt(trial: Trial, source: Trial | None, first: int, place: Place) -> Sa
         with _output_to(log):
             if source is not None:
                 measure.train_source(source, first, place.root)
-            data = place.data[trial.config.data.root]
-            line = measure.measure(trial, source is not None, place.root, data, place.commit)
+            data, known = place.data[trial.config.data.root], results.read_all(place.results)
+            line = measure.as_at_equal_epochs(trial, known, data)
+            if line is None:
+                line = measure.measure(trial, source is not None, place.root, data, place.commit)
         with _undisturbed():
             results.append(place.file, line)
             if not place.keep and (source is None or trial.key != source.key):
