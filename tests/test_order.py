@@ -204,7 +204,7 @@ def test_padded_window_is_a_whole_picture_shifted_by_whole_pixels(
     assert (window.height, window.width) == (1, 1)
     for start, side in ((window.top, height), (window.left, width)):
         assert math.isclose(start * side, round(start * side), abs_tol=1e-9)
-        assert abs(start * side) <= padding * side / image_size + 0.5 + 1e-9
+        assert round(start * side) in {round(by * side / image_size) for by in range(-padding, padding + 1)}
 
 
 def test_padded_window_reaches_every_shift() -> None:

@@ -104,12 +104,8 @@ class PilWindows:
 
 
 def _cut(pictures: Pictures, at: int) -> torch.Tensor:
+    """The window of the picture at this place; black where it reaches outside."""
     image = torch.from_numpy(pil.decode(pictures.encoded[at].tobytes())).permute(2, 0, 1)
-    return window(image, pictures, at)
-
-
-def window(image: torch.Tensor, pictures: Pictures, at: int) -> torch.Tensor:
-    """The window of the picture (3 × H × W) at this place; black where it reaches outside."""
     shape = image.shape[1:]
     (top, left), (rows, columns) = np.rint(pictures.origin_B2[at] * shape), np.rint(pictures.size_B2[at] * shape)
     cut: torch.Tensor = F.crop(image, int(top), int(left), int(rows), int(columns))

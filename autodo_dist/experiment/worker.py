@@ -16,7 +16,7 @@ import signal
 import sys
 import threading
 import traceback
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -97,14 +97,15 @@ def make(job: Job, place: Place) -> Iterator[Said]:
 
 
 def _make(job: Job, place: Place) -> Iterator[Said]:
-    done = results.standing(job, results.read_all(place.results), place.data).done
+    known = results.read_all(place.results)
+    done = results.standing(job, known, place.data).done
     yield from (Said("found", trial) for trial in job if trial.key in done)
     source = next((trial.source for trial in job if trial.source is not None), None)
     first = min((trial.epoch for trial in job if trial.source is not None), default=0)
     todo = [trial for trial in job if trial.key not in done]
     for trial in todo:
         yield Said("begun", trial)
-        said = _attempt(trial, source, first, place)
+        said = _attempt(trial, source, first, place, known)
         gc.collect()  # a run's process groups, with their threads and sockets, are in cycles
         yield said
         if said.kind == "failed":
@@ -114,10 +115,10 @@ def _make(job: Job, place: Place) -> Iterator[Said]:
         _forget(source, place)
 
 
-def _attempt(trial: Trial, source: Trial | None, first: int, place: Place) -> Said:
+def _attempt(trial: Trial, source: Trial | None, first: int, place: Place, known: Sequence[Line]) -> Said:
     """Make a trial, what it prints going to a file beside its run folder, and write its line.
 
-    source: the run that trials of this job fork, from epoch `first` on.
+    source: the run that trials of this job fork, from epoch `first` on. known: lines of finished trials.
     """
     from autodo_dist.experiment import measure  # imports torch
 
@@ -127,7 +128,7 @@ def _attempt(trial: Trial, source: Trial | None, first: int, place: Place) -> Sa
         with _output_to(log):
             if source is not None:
                 measure.train_source(source, first, place.root)
-            data, known = place.data[trial.config.data.root], results.read_all(place.results)
+            data = place.data[trial.config.data.root]
             line = measure.as_at_equal_epochs(trial, known, data)
             if line is None:
                 line = measure.measure(trial, source is not None, place.root, data, place.commit)
